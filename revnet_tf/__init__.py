@@ -1,0 +1,9 @@
+"""Reversible residual networks for Keras: backpropagation without stored activations.
+
+Reference: Gomez et al., 2017, https://arxiv.org/abs/1707.04585
+"""
+
+from revnet_tf.layers import RevBlock, RevSequence
+
+__version__ = "0.1.0"
+__all__ = ["RevBlock", "RevSequence"]

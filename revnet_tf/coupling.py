@@ -1,0 +1,263 @@
+"""Additive coupling on plain tensors, and its gradient by reconstruction.
+
+A reversible block maps two streams (x1, x2) to (y1, y2), and is undone by running it
+backwards:
+
+    forward    y1 = x1 + f(x2)        y2 = x2 + g(y1)
+    inverse    x2 = y2 - g(y1)        x1 = y1 - f(x2)
+
+`run` applies a sequence of blocks and keeps, for its gradient, the last pair of streams
+only. The gradient rebuilds the streams block by block, from the last to the first, and
+evaluates f and g once more each. Four things make that save memory, and not only look
+as if it did:
+
+- One `tf.custom_gradient` holds the whole run: one for each block would keep every
+  block's output.
+- The forward pass sees its arguments through `tf.stop_gradient`. In eager mode an outer
+  tape would otherwise record, and so keep, whatever happens inside.
+- A block is rebuilt only after the gradient that it has to carry is there. Nothing in
+  the arithmetic asks for that order, and an executor that is free to choose rebuilds
+  everything first and holds it all.
+- What a run has rebuilt is handed to the run before it (`Handoff`), which then has no
+  use for its own last pair: runs called one after the other keep as little as one.
+
+Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Branch(NamedTuple):
+    """A function without side effects, and where its parameters stand in the run's.
+
+    Attributes:
+        function: `function(weights, state, *inputs)` returns
+            `(outputs, new_state, losses)`, three sequences of tensors; `outputs` have
+            the dtype of the streams, `losses` are scalars.
+        weights: positions of its trainable tensors among the run's `weights`.
+        state: positions of its other tensors (moving statistics, seeds, counters)
+            among the run's `state`.
+    """
+
+    function: Callable
+    weights: Sequence[int]
+    state: Sequence[int]
+
+    def __call__(self, weights, state, *inputs):
+        """Returns the outputs, the run's state after the call, and the losses."""
+        outputs, new_state, losses = self.function(
+            [weights[i] for i in self.weights], [state[i] for i in self.state], *inputs
+        )
+        state = list(state)
+        for i, value in zip(self.state, new_state, strict=True):
+            state[i] = value
+        return outputs, state, losses
+
+
+class Coupling(NamedTuple):
+    """A reversible block: keeps nothing between forward and backward but its states."""
+
+    f: Branch
+    g: Branch
+
+    def forward(self, x1, x2, weights, state):
+        (fx,), after_f, f_losses = self.f(weights, state, x2)
+        y1 = x1 + fx
+        (gy,), after_g, g_losses = self.g(weights, after_f, y1)
+        y2 = x2 + gy
+        kept = state, after_f, len(f_losses)
+        return y1, y2, after_g, [*f_losses, *g_losses], kept
+
+    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
+        before_f, before_g, count = kept
+        # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
+        (gy,), (dy1,) = _vjp(
+            self.g, weights, before_g, [y1], [d2], d_losses[count:], [d1], accumulate
+        )
+        x2, d1 = y2 - gy, d1 + dy1
+        (fx,), (dx2,) = _vjp(
+            self.f, weights, before_f, [x2], [d1], d_losses[:count], [d2], accumulate
+        )
+        x1, d2 = y1 - fx, d2 + dx2
+        return x1, x2, d1, d2
+
+
+class Checkpoint(NamedTuple):
+    """A block that cannot be undone: keeps its inputs and computes the rest anew."""
+
+    block: Branch
+
+    def forward(self, x1, x2, weights, state):
+        (y1, y2), after, losses = self.block(weights, state, x1, x2)
+        return y1, y2, after, losses, (x1, x2, state)
+
+    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
+        x1, x2, state = kept
+        _, (d1, d2) = _vjp(
+            self.block, weights, state, [x1, x2], [d1, d2], d_losses, [], accumulate
+        )
+        return x1, x2, d1, d2
+
+
+class Handoff:
+    """Where a run finds its outputs again once the run that follows has rebuilt them.
+
+    The run that makes the outputs returns the handoff, the run that consumes these very
+    outputs is given it, and fills it while the gradient is traced. Where nothing was
+    filled in (another consumer, no gradient path, another graph), the first run uses
+    the outputs that it kept.
+    """
+
+    def __init__(self):
+        self._streams = None
+
+    def fill(self, y1, y2):
+        # In eager mode all outputs are alive anyway; there is nothing to gain.
+        if not tf.executing_eagerly():
+            self._streams = y1, y2
+
+    def take(self, y1, y2):
+        """Returns the rebuilt pair if it is of the current graph, else `(y1, y2)`."""
+        if self._streams and not tf.executing_eagerly():
+            if self._streams[0].graph is tf.compat.v1.get_default_graph():
+                return self._streams
+        return y1, y2
+
+
+class Result(NamedTuple):
+    """What `run` returns; `state` and `losses` are lists in the order of evaluation."""
+
+    y1: tf.Tensor
+    y2: tf.Tensor
+    state: list
+    losses: list
+    handoff: Handoff
+
+
+def run(steps, x1, x2, weights=(), state=(), received=None):
+    """Applies blocks in order and keeps only their last outputs for the gradient.
+
+    Args:
+        steps: list of `Coupling` and `Checkpoint`.
+        x1, x2: the two streams, floating-point tensors of one dtype.
+        weights: the tensors to which the branches have gradients. Each branch names
+            its own by position, so several can share one.
+        state: the tensors that the branches read and replace, without gradients.
+        received: the `Handoff` of the run whose outputs are `x1` and `x2`, if any.
+
+    Returns:
+        A `Result`.
+
+    Raises:
+        ValueError: a branch reads a trainable variable that is not among `weights`.
+        NotImplementedError: when a second derivative or a forward-mode derivative is
+            taken: it would silently lack what the reconstruction contributes.
+    """
+    handoff = Handoff()
+    last_state = None
+    order = None
+
+    @tf.custom_gradient
+    def forward(x1, x2, *weights):
+        nonlocal last_state
+        h1, h2, *weights = [tf.stop_gradient(t) for t in (x1, x2, *weights)]
+        current, losses, kept = list(state), [], []
+        with tf.GradientTape() as tape:
+            for step in steps:
+                h1, h2, current, step_losses, step_kept = step.forward(
+                    h1, h2, weights, current
+                )
+                kept.append((len(step_losses), step_kept))
+                losses += step_losses
+        _refuse_foreign_variables(tape.watched_variables())
+        last_state = current
+
+        def backward(d1, d2, _, *d_losses):
+            if order is None:  # `forward` has not returned: a forward-mode derivative
+                _refuse_higher_order()
+            y1, y2 = handoff.take(h1, h2)
+            d_weights = [None] * len(weights)
+            d_losses = list(d_losses)
+
+            def accumulate(positions, gradients):
+                for i, d in zip(positions, gradients, strict=True):
+                    d = tf.convert_to_tensor(d)  # a lookup's gradient is sparse
+                    d_weights[i] = d if d_weights[i] is None else d_weights[i] + d
+
+            for step, (count, step_kept) in zip(
+                reversed(steps), reversed(kept), strict=True
+            ):
+                first = len(d_losses) - count
+                d_step, d_losses = d_losses[first:], d_losses[:first]
+                y1, y2, d1, d2 = step.backward(
+                    y1, y2, d1, d2, d_step, weights, step_kept, accumulate
+                )
+            if received is not None:
+                received.fill(y1, y2)
+            return _first_order_only(order, d1, d2, *d_weights)
+
+        return (h1, h2, tf.zeros([0], h1.dtype), *losses), backward
+
+    # `order` is empty, costs nothing, and ties what `backward` returns to the arguments
+    # of `forward`: whoever differentiates that once more gets to `_first_order_only`.
+    y1, y2, order, *losses = forward(x1, x2, *weights)
+    return Result(y1, y2, last_state, losses, handoff)
+
+
+def inverse(steps, y1, y2, weights=(), state=()):
+    """Returns the streams that `Coupling` steps map to `(y1, y2)`; drops new states."""
+    for step in reversed(steps):
+        (gy,), _, _ = step.g(weights, state, y1)
+        x2 = y2 - gy
+        (fx,), _, _ = step.f(weights, state, x2)
+        y1, y2 = y1 - fx, x2
+    return y1, y2
+
+
+def _vjp(branch, weights, state, inputs, d_outputs, d_losses, after, accumulate):
+    """Evaluates a branch once more and differentiates it.
+
+    The evaluation waits for `after` and `d_outputs`. Gradients for the weights go to
+    `accumulate`; the outputs and the gradients for the inputs are returned.
+    """
+    with tf.control_dependencies([*after, *d_outputs]):
+        inputs = [tf.identity(x) for x in inputs]
+    own = [weights[i] for i in branch.weights]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([*inputs, *own])
+        outputs, _, losses = branch(weights, state, *inputs)
+    gradients = tape.gradient(
+        [*outputs, *losses],
+        [*inputs, *own],
+        output_gradients=[*d_outputs, *d_losses],
+        # A replica where a weight has no part must agree with one where it has.
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    accumulate(branch.weights, gradients[len(inputs) :])
+    return outputs, gradients[: len(inputs)]
+
+
+@tf.custom_gradient
+def _first_order_only(order, *gradients):
+    return gradients, _refuse_higher_order
+
+
+def _refuse_higher_order(*_):
+    raise NotImplementedError(
+        "Second derivatives and forward-mode derivatives cannot pass through "
+        "activations that are reconstructed. Set `recompute=False` on the reversible "
+        "layers for this computation: the values are the same."
+    )
+
+
+def _refuse_foreign_variables(variables):
+    if variables:
+        names = ", ".join(sorted(v.name for v in variables))
+        raise ValueError(
+            f"A branch uses trainable variables that do not belong to it: {names}. "
+            "They would get no gradient. Assign the layer that owns them to an "
+            "attribute of the branch, or set `recompute=False`."
+        )
