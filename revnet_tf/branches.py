@@ -1,0 +1,182 @@
+"""The paper's residual functions, shortcuts, and the first block of a strided stage.
+
+All convolutions are without bias and "same"-padded; batch normalization has the
+constants of the authors' code (epsilon 1e-3, momentum 0.99).
+
+Reference: Gomez et al., 2017, section 3 and appendix, https://arxiv.org/abs/1707.04585
+"""
+
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from revnet_tf import coupling
+from revnet_tf.layers import TwoStreamLayer, restore_layers
+
+
+def batch_norm(**kwargs):
+    """Returns a `BatchNormalization` with the constants of the authors' code."""
+    return keras.layers.BatchNormalization(momentum=0.99, epsilon=1e-3, **kwargs)
+
+
+class Parts(NamedTuple):
+    """Makes the layers that one network is put together from.
+
+    Attributes:
+        bottleneck: branches of 1x1, 3x3 and 1x1 convolutions, and shortcuts that are
+            1x1 convolutions; else branches of two 3x3 convolutions, and shortcuts
+            without weights.
+        kernel_regularizer: of all convolutions.
+    """
+
+    bottleneck: bool
+    kernel_regularizer: keras.Regularizer | None = None
+
+    def conv(self, filters, kernel_size, strides=1, **kwargs):
+        """Returns a `Conv2D` without bias, initialized as in the authors' code."""
+        stddev = math.sqrt(2 / (kernel_size * kernel_size * filters))
+        return keras.layers.Conv2D(
+            filters,
+            kernel_size,
+            strides,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=keras.initializers.TruncatedNormal(stddev=stddev),
+            kernel_regularizer=self.kernel_regularizer,
+            **kwargs,
+        )
+
+    def branch(self, filters, strides=1, preactivation=True):
+        """Returns BN-ReLU-conv, two or three times, the first convolution strided.
+
+        Args:
+            filters: channels of the output; the inner width of a bottleneck is a
+                quarter of it.
+            strides: of the first convolution.
+            preactivation: `False` leaves out the first BN-ReLU, as in the very first
+                block of the paper's networks.
+        """
+        inner = filters // 4
+        convs = [(filters, 3), (filters, 3)]
+        if self.bottleneck:
+            convs = [(inner, 1), (inner, 3), (filters, 1)]
+        layers = []
+        for i, (width, kernel_size) in enumerate(convs):
+            if preactivation or i > 0:
+                layers += [batch_norm(), keras.layers.ReLU()]
+            layers.append(self.conv(width, kernel_size, strides if i == 0 else 1))
+        return keras.Sequential(layers)
+
+    def shortcut(self, filters, strides):
+        """Returns what brings the input of a branch to the shape of its output."""
+        if self.bottleneck:
+            return self.conv(filters, 1, strides)
+        return PoolingShortcut(filters, strides)
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class PoolingShortcut(keras.layers.Layer):
+    """Shortcut without weights: average pooling, and zeros for the channels to come.
+
+    Args:
+        filters: channels of the output, at least those of the input; zeros are added
+            before and after, in equal numbers.
+        strides: size and stride of the pooling window, "valid".
+
+    Input shape:
+        `(batch, height, width, channels)`.
+    """
+
+    def __init__(self, filters, strides=1, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.strides = strides
+
+    def call(self, inputs):
+        x = inputs
+        if self.strides > 1:
+            x = tf.nn.avg_pool2d(x, self.strides, self.strides, "VALID")
+        extra = self.filters - x.shape[-1]
+        if extra:
+            x = tf.pad(x, [[0, 0]] * 3 + [[extra // 2, extra - extra // 2]])
+        return x
+
+    def build(self, input_shape):
+        if self.filters < input_shape[-1]:
+            raise ValueError(
+                f"filters={self.filters} is less than the {input_shape[-1]} channels "
+                "of the input; a pooling shortcut can only add channels."
+            )
+
+    def get_config(self):
+        config = {"filters": self.filters, "strides": self.strides}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class DownsamplingBlock(TwoStreamLayer):
+    """First block of a stage: `y1 = s1(x1) + f(x2)`, `y2 = s2(x2) + g(y1)`.
+
+    It changes size or width and so cannot be reversed. In training it keeps its input,
+    which the stage before has to keep anyway, and computes everything else anew.
+
+    Args:
+        f, g: branches; `f` is the strided one.
+        shortcut1, shortcut2: layers that bring `x1` and `x2` to the shape of the
+            branches' outputs.
+        axis, recompute, **kwargs: as for `RevBlock`.
+
+    Reference:
+        Gomez et al., 2017, section 3.2, https://arxiv.org/abs/1707.04585
+    """
+
+    _LAYERS = ("f", "g", "shortcut1", "shortcut2")
+
+    def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
+        super().__init__(**kwargs)
+        self.f = f
+        self.g = g
+        self.shortcut1 = shortcut1
+        self.shortcut2 = shortcut2
+
+    def build_streams(self, shape1, shape2):
+        f = self.shape_after(self.f, shape2)
+        g = self.shape_after(self.g, f)
+        s1 = self.shape_after(self.shortcut1, shape1)
+        s2 = self.shape_after(self.shortcut2, shape2)
+        if f != s1 or g != s2:
+            raise ValueError(
+                f"{self.name}: the branches map to {f} and {g}, their shortcuts to "
+                f"{s1} and {s2}; each pair must agree. (A pooling shortcut needs a "
+                "height and width that its strides divide.)"
+            )
+
+    def forward(self, x1, x2, training):
+        dtype = x1.dtype
+        y1 = tf.cast(self.shortcut1(x1), dtype)
+        y1 += tf.cast(self.f(x2, training=training), dtype)
+        y2 = tf.cast(self.shortcut2(x2), dtype)
+        y2 += tf.cast(self.g(y1, training=training), dtype)
+        return y1, y2
+
+    def step(self, variables, training):
+        def call(x1, x2):
+            return self.forward(x1, x2, training)
+
+        return coupling.Checkpoint(variables.branch(self, call))
+
+    def compute_output_shape(self, input_shape):
+        shape1, shape2 = self.stream_shapes(input_shape)
+        shape1 = self.shape_after(self.shortcut1, shape1)
+        shape2 = self.shape_after(self.shortcut2, shape2)
+        return self.joined_shape(shape1, shape2, input_shape)
+
+    def get_config(self):
+        layers = {name: getattr(self, name) for name in self._LAYERS}
+        return {**super().get_config(), **layers}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**restore_layers(config, cls._LAYERS))

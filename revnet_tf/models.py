@@ -1,0 +1,287 @@
+"""The paper's reversible networks, and the residual networks they are matched with.
+
+Reference: Gomez et al., 2017, tables 1 and 2, https://arxiv.org/abs/1707.04585; block
+counts and widths as in the authors' configuration,
+https://github.com/renmengye/revnet-public/blob/master/resnet/configs/cifar_configs.py
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import keras
+
+from revnet_tf import branches
+from revnet_tf.layers import RevBlock, RevSequence
+
+
+class Variant(NamedTuple):
+    """A network of the paper.
+
+    Attributes:
+        reversible: `RevNet` or `ResNet`.
+        num_blocks: blocks of each stage.
+        channels: of the stem, then of each stage; both streams together.
+        bottleneck: the residual function; with `True` a stage is 4 times as wide.
+    """
+
+    reversible: bool
+    num_blocks: tuple
+    channels: tuple
+    bottleneck: bool
+
+
+VARIANTS = {
+    "ResNet32": Variant(False, (5, 5, 5), (16, 16, 32, 64), False),
+    "ResNet110": Variant(False, (18, 18, 18), (16, 16, 32, 64), False),
+    "ResNet164": Variant(False, (18, 18, 18), (16, 16, 32, 64), True),
+    "RevNet38": Variant(True, (3, 3, 3), (32, 32, 64, 112), False),
+    "RevNet110": Variant(True, (9, 9, 9), (32, 32, 64, 128), False),
+    "RevNet164": Variant(True, (9, 9, 9), (32, 32, 64, 128), True),
+}
+
+
+def RevNet(
+    num_blocks,
+    channels,
+    bottleneck=False,
+    *,
+    include_top=True,
+    weights=None,
+    input_tensor=None,
+    input_shape=None,
+    pooling=None,
+    classes=10,
+    classifier_activation="softmax",
+    kernel_regularizer=None,
+    recompute=True,
+    name="revnet",
+):
+    """Returns a reversible residual network as a functional `keras.Model`.
+
+    The layers `stage1`, `stage2`, ... give the stages' outputs. Every stage but the
+    first halves height and width.
+
+    Args:
+        num_blocks: number of blocks of each stage.
+        channels: channels of the stem, then of each stage, both streams together; even
+            numbers.
+        bottleneck: whether a branch is 1x1, 3x3, 1x1 convolutions, and a stage 4 times
+            as wide as `channels` says, rather than two 3x3 convolutions.
+        include_top: whether to end in global average pooling and a dense layer.
+        weights: `None` (random) or the path of a `.weights.h5` file.
+        input_tensor: Keras tensor to use as the input.
+        input_shape: `(height, width, channels)`. Defaults to `(32, 32, 3)`, and to
+            `(None, None, 3)` without top.
+        pooling: without top, `None` (the last feature map), `"avg"` or `"max"`.
+        classes: number of classes.
+        classifier_activation: of the dense layer; `None` returns logits.
+        kernel_regularizer: of all convolutions and of the dense layer.
+        recompute: if `False`, use ordinary backpropagation (same values, more memory).
+        name: of the model.
+
+    Returns:
+        A `keras.Model` of float images `(batch, height, width, channels)`.
+
+    Raises:
+        ValueError: an argument cannot be used; the message says why.
+
+    Reference:
+        Gomez et al., 2017, section 3, https://arxiv.org/abs/1707.04585
+    """
+    if odd := [c for c in channels if c % 2]:
+        raise ValueError(
+            f"channels={tuple(channels)}: {odd} cannot be split into two streams; use "
+            "even numbers."
+        )
+    return _network(
+        functools.partial(_reversible_stage, recompute=recompute),
+        num_blocks,
+        channels,
+        bottleneck,
+        include_top,
+        weights,
+        input_tensor,
+        input_shape,
+        pooling,
+        classes,
+        classifier_activation,
+        kernel_regularizer,
+        name,
+    )
+
+
+def ResNet(
+    num_blocks,
+    channels,
+    bottleneck=False,
+    *,
+    include_top=True,
+    weights=None,
+    input_tensor=None,
+    input_shape=None,
+    pooling=None,
+    classes=10,
+    classifier_activation="softmax",
+    kernel_regularizer=None,
+    name="resnet",
+):
+    """Returns the residual network with pre-activation that a RevNet is matched with.
+
+    Arguments and return value are those of `RevNet`, except that `channels` may be odd
+    and nothing is recomputed.
+
+    Reference:
+        He et al., 2016, https://arxiv.org/abs/1603.05027, as in Gomez et al., 2017
+    """
+    return _network(
+        _residual_stage,
+        num_blocks,
+        channels,
+        bottleneck,
+        include_top,
+        weights,
+        input_tensor,
+        input_shape,
+        pooling,
+        classes,
+        classifier_activation,
+        kernel_regularizer,
+        name,
+    )
+
+
+def _variant(title):
+    row = VARIANTS[title]
+
+    def build(**kwargs):
+        network = RevNet if row.reversible else ResNet
+        kwargs = {"name": title.lower(), **kwargs}
+        return network(row.num_blocks, row.channels, row.bottleneck, **kwargs)
+
+    build.__name__ = build.__qualname__ = title
+    family = "RevNet" if row.reversible else "ResNet"
+    build.__doc__ = f"Returns the paper's {title}; keyword arguments of `{family}`."
+    return build
+
+
+ResNet32 = _variant("ResNet32")
+ResNet110 = _variant("ResNet110")
+ResNet164 = _variant("ResNet164")
+RevNet38 = _variant("RevNet38")
+RevNet110 = _variant("RevNet110")
+RevNet164 = _variant("RevNet164")
+
+
+def _network(
+    stage,
+    num_blocks,
+    channels,
+    bottleneck,
+    include_top,
+    weights,
+    input_tensor,
+    input_shape,
+    pooling,
+    classes,
+    classifier_activation,
+    kernel_regularizer,
+    name,
+):
+    if len(channels) != len(num_blocks) + 1:
+        raise ValueError(
+            f"channels={tuple(channels)} has {len(channels)} entries; with "
+            f"num_blocks={tuple(num_blocks)} it needs {len(num_blocks) + 1}, one for "
+            "the stem and one for each stage."
+        )
+    if min(num_blocks, default=0) < 1:
+        raise ValueError(f"num_blocks={tuple(num_blocks)}: each stage needs a block.")
+    if weights is not None and not os.path.exists(weights):
+        raise ValueError(
+            f"weights={weights!r} is not the path of a file; give that of a "
+            "`.weights.h5` file, or `None`."
+        )
+    if pooling not in (None, "avg", "max"):
+        raise ValueError(f"pooling={pooling!r} must be None, 'avg' or 'max'.")
+
+    if input_tensor is None:
+        size = 32 if include_top else None
+        input_tensor = keras.Input(input_shape or (size, size, 3))
+    parts = branches.Parts(bottleneck, kernel_regularizer)
+    x = parts.conv(channels[0], 3, name="stem_conv")(input_tensor)
+    x = branches.batch_norm(name="stem_bn")(x)
+    x = keras.layers.ReLU(name="stem_relu")(x)
+    for i, (blocks, filters) in enumerate(zip(num_blocks, channels[1:], strict=True)):
+        x = stage(
+            x,
+            parts,
+            num_blocks=blocks,
+            filters=4 * filters if bottleneck else filters,
+            strides=1 if i == 0 else 2,
+            # The stem has just applied BN-ReLU.
+            preactivation=i > 0,
+            name=f"stage{i + 1}",
+        )
+    x = branches.batch_norm(name="final_bn")(x)
+    x = keras.layers.ReLU(name="final_relu")(x)
+    if include_top or pooling == "avg":
+        x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
+    elif pooling == "max":
+        x = keras.layers.GlobalMaxPooling2D(name="max_pool")(x)
+    if include_top:
+        x = keras.layers.Dense(
+            classes,
+            activation=classifier_activation,
+            kernel_initializer=keras.initializers.VarianceScaling(
+                1.0, "fan_in", "uniform"
+            ),
+            kernel_regularizer=kernel_regularizer,
+            # Under a mixed policy too, probabilities need the full precision.
+            dtype=keras.config.dtype_policy().variable_dtype,
+            name="predictions",
+        )(x)
+    model = keras.Model(keras.utils.get_source_inputs(input_tensor), x, name=name)
+    if weights is not None:
+        model.load_weights(weights)
+    return model
+
+
+def _reversible_stage(
+    x, parts, num_blocks, filters, strides, preactivation, name, recompute
+):
+    half = filters // 2
+    f = parts.branch(half, strides, preactivation)
+    g = parts.branch(half)
+    blocks = []
+    if strides == 1 and x.shape[-1] == filters:
+        blocks.append(RevBlock(f, g))
+    else:
+        x = branches.DownsamplingBlock(
+            f,
+            g,
+            parts.shortcut(half, strides),
+            parts.shortcut(half, strides),
+            recompute=recompute,
+            name=f"{name}_downsampling" if num_blocks > 1 else name,
+        )(x)
+    for _ in range(num_blocks - 1):
+        blocks.append(RevBlock(parts.branch(half), parts.branch(half)))
+    if blocks:
+        x = RevSequence(blocks, recompute=recompute, name=name)(x)
+    return x
+
+
+def _residual_stage(x, parts, num_blocks, filters, strides, preactivation, name):
+    for i in range(num_blocks):
+        shortcut = x
+        if i == 0 and (strides > 1 or x.shape[-1] != filters):
+            shortcut = parts.shortcut(filters, strides)(x)
+        if i == 0:
+            branch = parts.branch(filters, strides, preactivation)
+        else:
+            branch = parts.branch(filters)
+        last = i == num_blocks - 1
+        x = keras.layers.Add(name=name if last else f"{name}_block{i + 1}")(
+            [shortcut, branch(x)]
+        )
+    return x
