@@ -320,6 +320,9 @@ class RevSequence(_ReversibleLayer):
             )
         super().__init__(axis=axes.pop(), recompute=recompute, **kwargs)
         self.blocks = flat
+        for i, block in enumerate(flat):
+            # `tf.train.Checkpoint` looks for layers in attributes, but not in lists.
+            setattr(self, f"block{i + 1}", block)
 
     def build_streams(self, shape1, shape2):
         for block in self.blocks:

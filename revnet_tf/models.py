@@ -206,7 +206,10 @@ def _network(
 
     if input_tensor is None:
         size = 32 if include_top else None
-        input_tensor = keras.Input(input_shape or (size, size, 3))
+        inputs = input_tensor = keras.Input(input_shape or (size, size, 3))
+    else:
+        inputs = keras.utils.get_source_inputs(input_tensor)
+        inputs = inputs[0] if len(inputs) == 1 else inputs
     parts = branches.Parts(bottleneck, kernel_regularizer)
     x = parts.conv(channels[0], 3, name="stem_conv")(input_tensor)
     x = branches.batch_norm(name="stem_bn")(x)
@@ -240,7 +243,7 @@ def _network(
             dtype=keras.config.dtype_policy().variable_dtype,
             name="predictions",
         )(x)
-    model = keras.Model(keras.utils.get_source_inputs(input_tensor), x, name=name)
+    model = keras.Model(inputs, x, name=name)
     if weights is not None:
         model.load_weights(weights)
     return model
