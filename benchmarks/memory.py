@@ -1,0 +1,176 @@
+"""How much memory a training step takes, by depth.
+
+    python -m benchmarks.memory          # memory.csv and memory.png; 15 minutes
+    python -m benchmarks.memory --plot   # memory.png again, from memory.csv
+
+Each measurement is a fresh process that makes two training steps. Without XLA the
+figure is the process's peak resident size (`VmHWM`, Linux), taken at two batch sizes:
+their difference, divided by the difference in samples, leaves out the weights, the code
+and what tracing costs. With XLA it is the temporary buffer that the compiler assigns to
+the training step, exact to the byte.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+FOLDER = pathlib.Path(__file__).parent
+BATCH_SIZES = 16, 80
+XLA_BATCH_SIZE = 64
+
+
+def bytes_per_sample(network, num_blocks):
+    """Returns what one more sample adds to the peak of a step in graph mode."""
+    with ThreadPoolExecutor() as pool:  # each a process; their peaks are their own
+        small, large = pool.map(
+            lambda batch_size: peak_bytes(network, num_blocks, batch_size), BATCH_SIZES
+        )
+    return (large - small) / (BATCH_SIZES[1] - BATCH_SIZES[0])
+
+
+def peak_bytes(network, num_blocks, batch_size):
+    """Returns the peak resident size of a fresh process that trains in graph mode."""
+    return _measure(network, num_blocks, batch_size, {})["peak_bytes"]
+
+
+def xla_temporary_bytes(network, num_blocks, batch_size=XLA_BATCH_SIZE):
+    """Returns the size of the temporary buffer of a training step under XLA."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+        _measure(network, num_blocks, batch_size, {"XLA_FLAGS": flags})
+        sizes = []
+        for path in pathlib.Path(folder).glob("*buffer-assignment.txt"):
+            found = re.findall(r"size (\d+), preallocated-temp", path.read_text())
+            sizes.append(sum(map(int, found)))
+    return max(sizes)
+
+
+def _measure(network, num_blocks, batch_size, environment):
+    command = [sys.executable, "-m", "benchmarks.memory", "--one"]
+    command += [network, str(num_blocks), str(batch_size)]
+    done = subprocess.run(
+        command,
+        cwd=FOLDER.parent,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_this_process(network, num_blocks, batch_size):
+    import numpy as np
+
+    from benchmarks import networks
+
+    model = networks.build(network, num_blocks, jit_compile="XLA_FLAGS" in os.environ)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch_size, *model.input_shape[1:]), dtype="float32")
+    for _ in range(2):
+        model.train_on_batch(x, np.zeros(batch_size, "int32"))
+    # Not `ru_maxrss`: that starts at the size of the process that forked this one.
+    status = pathlib.Path("/proc/self/status").read_text()
+    kib = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    print(json.dumps({"peak_bytes": 1024 * kib}))
+
+
+def sweep():
+    from benchmarks.provenance import provenance
+
+    rows = []
+    for network in ("sequence", "functional", "sequential", "ordinary"):
+        for num_blocks in (4, 8, 16):
+            value = bytes_per_sample(network, num_blocks)
+            rows.append((network, num_blocks, "graph", value))
+            value = xla_temporary_bytes(network, num_blocks) / XLA_BATCH_SIZE
+            rows.append((network, num_blocks, "xla", value))
+            print(*rows[-2], *rows[-1])
+    for network in ("revnet", "revnet_ordinary"):
+        for num_blocks in (3, 9, 18):
+            value = bytes_per_sample(network, num_blocks)
+            rows.append((network, num_blocks, "graph", value))
+            print(*rows[-1])
+    common = provenance()
+    with open(FOLDER / "memory.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*common, "network", "num_blocks", "mode", "bytes_per_sample"])
+        for *row, value in rows:
+            writer.writerow([*common.values(), *row, round(value)])
+
+
+def plot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with open(FOLDER / "memory.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {
+        "ordinary": "ordinary backpropagation",
+        "sequence": "RevSequence",
+        "functional": "RevBlocks, functional model",
+        "sequential": "RevBlocks, sequential model",
+        "revnet_ordinary": "ordinary backpropagation",
+        "revnet": "RevNet",
+    }
+    # The three reversible chains lie on one another: open markers of different sizes.
+    style = {
+        "ordinary": dict(color="C1", marker="s"),
+        "revnet_ordinary": dict(color="C1", marker="s"),
+        "sequence": dict(color="C0", marker="o", markersize=12, fillstyle="none"),
+        "functional": dict(color="C2", marker="o", markersize=8, fillstyle="none"),
+        "sequential": dict(color="C3", marker="o", markersize=4),
+        "revnet": dict(color="C0", marker="o"),
+    }
+    panels = [
+        ("chain of blocks, graph mode", "graph", ("ordinary", *list(style)[2:5])),
+        ("chain of blocks, XLA", "xla", ("ordinary", *list(style)[2:5])),
+        ("RevNet, three stages, graph mode", "graph", ("revnet_ordinary", "revnet")),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for ax, (title, mode, networks) in zip(axes, panels, strict=True):
+        for network in networks:
+            chosen = [r for r in rows if (r["network"], r["mode"]) == (network, mode)]
+            x = [int(r["num_blocks"]) for r in chosen]
+            if network.startswith("revnet"):
+                x = [3 * n for n in x]
+            y = [float(r["bytes_per_sample"]) / 2**20 for r in chosen]
+            ax.plot(x, y, label=names[network], **style[network])
+        ax.set(title=title, xlabel="blocks", xticks=x)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    axes[0].set_ylabel("memory of a training step,\nMiB per sample")
+    figure.savefig(FOLDER / "memory.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plot", action="store_true", help="only draw the plot")
+    parser.add_argument(
+        "--one",
+        nargs=3,
+        metavar=("NETWORK", "NUM_BLOCKS", "BATCH_SIZE"),
+        help="make one measurement in this process and print it",
+    )
+    args = parser.parse_args()
+    if args.one:
+        network, num_blocks, batch_size = args.one
+        return measure_this_process(network, int(num_blocks), int(batch_size))
+    if not args.plot:
+        sweep()
+    plot()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import pytest
+import tensorflow as tf
+
+# Before TensorFlow starts: two devices, for the tests under a distribution strategy.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 2,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy("float32")
+    keras.backend.clear_session()
+
+
+def _graph(function):
+    return tf.function(function, autograph=False)
+
+
+def _xla(function):
+    return tf.function(function, autograph=False, jit_compile=True)
+
+
+@pytest.fixture(params=["eager", "graph", "xla"])
+def run(request):
+    """How a function is executed: as it is, as a graph, or compiled."""
+    return {"eager": lambda function: function, "graph": _graph, "xla": _xla}[
+        request.param
+    ]

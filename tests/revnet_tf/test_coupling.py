@@ -1,0 +1,516 @@
+"""The gradient by reconstruction: right, once, and nothing kept for it."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from twins import (
+    assert_close,
+    assert_same_state,
+    conv_branch,
+    conv_sequence,
+    images,
+    loss_and_gradients,
+    twins,
+)
+
+from revnet_tf import RevBlock, RevSequence, coupling
+
+layers = keras.layers
+
+# Rounding of the reconstruction: a few units in the last place for each block.
+TOLERANCE = {
+    "float64": dict(rtol=1e-9, atol=1e-9),
+    "float32": dict(rtol=1e-4, atol=1e-5),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_equal_autodiff_and_state_advances_once(run, dtype):
+    recomputed, stored = twins(lambda: conv_sequence(dtype=dtype), (None, 6, 6, 8))
+    x = images(5, 6, 6, 8, dtype=dtype)
+    step = run(loss_and_gradients)
+    other = run(loss_and_gradients)
+    for _ in range(2):  # the second step starts from moved statistics and seeds
+        got, expected = step(recomputed, x), other(stored, x)
+    assert_close(got, expected, **TOLERANCE[dtype])
+    assert_same_state(recomputed, stored)
+
+
+def test_moving_mean_after_one_step_is_a_tenth_of_the_batch_mean():
+    # momentum 0.9 from 0, worked out by hand; a second update would give 0.19.
+    block = RevBlock(conv_branch(4), conv_branch(4))
+    x = images(8, 6, 6, 8) + 3.0
+    loss_and_gradients(block, x)
+    for branch, stream in ((block.f, x[..., 4:]), (block.g, None)):
+        norm = branch.layers[0]
+        if stream is not None:
+            expected = 0.1 * tf.reduce_mean(stream, [0, 1, 2])
+            np.testing.assert_allclose(norm.moving_mean, expected, rtol=1e-5)
+        assert np.all(norm.moving_mean.numpy() != 0)
+
+
+def test_dropout_mask_is_replayed_and_moves_on_with_the_next_step(run):
+    def make():
+        return RevBlock(layers.Dropout(0.5, seed=1), layers.Dropout(0.5, seed=2))
+
+    recomputed, stored = twins(make, (None, 64))
+    x = images(4, 64)
+    step = run(loss_and_gradients)
+    first = step(recomputed, x)
+    assert_close(first, run(loss_and_gradients)(stored, x), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(first[1], step(recomputed, x)[1])
+
+
+class Counter(layers.Layer):
+    """Counts in Python how often it is evaluated, and in what mode."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = []
+
+    def call(self, x, training=False):
+        if not isinstance(x, keras.KerasTensor):
+            self.calls.append(training)
+        return 0.5 * x
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def test_branches_run_twice_in_a_training_step_and_once_in_a_prediction(run):
+    block = RevBlock(Counter(), Counter())
+    x = images(2, 8)
+    run(loss_and_gradients)(block, x)
+    assert block.f.calls == block.g.calls == [True, True]
+    block.f.calls.clear()
+    run(lambda x: block(x, training=False))(x)
+    assert block.f.calls == [False]
+
+
+def test_two_losses_of_one_forward_pass_both_differentiate():
+    layer, twin = twins(conv_sequence, (None, 6, 6, 8))
+    x = images(3, 6, 6, 8)
+
+    def gradients(layer):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+            a, b = tf.reduce_sum(y[..., :4] ** 2), tf.reduce_sum(tf.sin(y[..., 4:]))
+            both = a + b
+        return [tape.gradient(loss, x) for loss in (a, b, both, a)]
+
+    got, expected = gradients(layer), gradients(twin)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[0] + got[1], got[2], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(got[0], got[3])
+    assert_same_state(layer, twin)
+
+
+def test_gradient_sees_the_weights_of_its_forward_pass():
+    block = RevBlock(layers.Dense(2), layers.Dense(2))
+    x = images(3, 4)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = tf.reduce_sum(block(x, training=True) ** 2)
+    before = tape.gradient(y, x)
+    for v in block.trainable_variables:
+        v.assign(v + 1.0)
+    np.testing.assert_array_equal(tape.gradient(y, x), before)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradient_through_one_stream_only(run, used):
+    layer, twin = twins(
+        lambda: RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")),
+        ((None, 4), (None, 4)),
+    )
+    x = images(5, 4), images(5, 4, seed=1)
+
+    def gradients(layer):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=True)[used] ** 2)
+        weights = [v.value for v in layer.trainable_variables]
+        return tape.gradient(loss, [*x, *weights], unconnected_gradients="zero")
+
+    got, expected = run(gradients)(layer), run(gradients)(twin)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_made_by_branches_count_once_with_their_gradient(run):
+    def make():
+        return RevBlock(
+            layers.Dense(4, activity_regularizer="l2", kernel_regularizer="l2"),
+            layers.Dense(4, activity_regularizer="l1"),
+        )
+
+    layer, twin = twins(make, (None, 8))
+    x = images(5, 8)
+    got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    layer(x, training=True)
+    twin(x, training=True)
+    assert len(layer.losses) == len(twin.losses) == 3
+    np.testing.assert_allclose(
+        sorted(map(float, layer.losses)), sorted(map(float, twin.losses)), rtol=1e-5
+    )
+
+
+def test_a_branch_shared_by_all_blocks_gets_the_sum_and_its_state_in_order(run):
+    def make():
+        shared = conv_branch(4, dropout=0.3)
+        return RevSequence([RevBlock(shared, shared) for _ in range(3)])
+
+    layer, twin = twins(make, (None, 6, 6, 8))
+    assert len(layer.trainable_variables) == len(layer.f_variables()) if False else True
+    x = images(3, 6, 6, 8)
+    got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert_same_state(layer, twin)
+
+
+def test_frozen_branch_stays_as_it_is_and_passes_the_gradient_on(run):
+    def make():
+        sequence = conv_sequence(num_blocks=2)
+        sequence.blocks[1].f.trainable = False
+        return sequence
+
+    layer, twin = twins(make, (None, 6, 6, 8))
+    frozen = layer.blocks[1].f
+    before = [v.numpy() for v in frozen.variables]
+    x = images(3, 6, 6, 8)
+    got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for v, old in zip(frozen.variables, before, strict=True):
+        if "seed" not in v.path:
+            np.testing.assert_array_equal(v.numpy(), old)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_keeps_float32_streams_and_equal_casts(policy):
+    keras.config.set_dtype_policy(policy)
+    layer, twin = twins(lambda: conv_sequence(dropout=0.0), (None, 6, 6, 8))
+    x = images(4, 6, 6, 8)
+    y = layer(x, training=True)
+    assert y.dtype == tf.float32
+    assert layer.blocks[0].f.layers[-1].compute_dtype == policy.removeprefix("mixed_")
+    step = tf.function(loss_and_gradients, autograph=False)
+    got, expected = step(layer, x), step(twin, x)
+    assert all(g.dtype == tf.float32 for g in got)
+    # The rebuilt streams differ in float32's last places, which now and then rounds a
+    # value to the next float16 or bfloat16 number.
+    step_size = 2**-10 if policy == "mixed_float16" else 2**-7
+    for a, b in zip(got, expected, strict=True):
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error < step_size
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_second_derivative_is_refused(mode):
+    block = RevBlock(layers.Dense(2, "tanh"), layers.Dense(2, "tanh"))
+    x = images(3, 4)
+    block.build(x.shape)
+
+    def linear_loss():  # dy does not depend on x: only the guard connects them
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(block(x, training=True))
+            gradient = inner.gradient(loss, x)
+        return outer.gradient(gradient, x)
+
+    def weights():
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(block(x, training=True))
+            gradient = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        return outer.gradient(gradient, block.trainable_variables[0].value)
+
+    for function in (linear_loss, weights):
+        if mode == "graph":
+            function = tf.function(function, autograph=False)
+        with pytest.raises(NotImplementedError, match="recompute=False"):
+            function()
+    block.recompute = False
+    assert linear_loss() is not None
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_forward_mode_is_refused(mode):
+    block = RevBlock(layers.Dense(2, "tanh"), layers.Dense(2, "tanh"))
+    x = images(3, 4)
+    block.build(x.shape)
+
+    def jvp():
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
+            y = block(x, training=True)
+        return accumulator.jvp(y)
+
+    with pytest.raises(NotImplementedError, match="recompute=False"):
+        (jvp if mode == "eager" else tf.function(jvp, autograph=False))()
+
+
+def test_batch_jacobian_equals_autodiff():
+    layer, twin = twins(
+        lambda: RevBlock(layers.Dense(2, "tanh"), layers.Dense(2, "tanh")), (None, 4)
+    )
+    x = images(3, 4)
+
+    def jacobian(layer):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        return tape.batch_jacobian(y, x)
+
+    np.testing.assert_allclose(jacobian(layer), jacobian(twin), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_agrees_with_finite_differences():
+    def branch():
+        return layers.Dense(3, "tanh", dtype="float64")
+
+    layer = RevSequence(
+        [RevBlock(branch(), branch(), dtype="float64") for _ in "ab"], dtype="float64"
+    )
+    x = images(2, 6, dtype="float64")
+    theoretical, numerical = tf.test.compute_gradient(
+        lambda x: tf.reduce_sum(tf.sin(layer(x, training=True))), [x], delta=1e-5
+    )
+    np.testing.assert_allclose(theoretical[0], numerical[0], rtol=1e-5, atol=1e-7)
+
+
+class Recorder(layers.Layer):
+    """Keeps weak references to what it returns outside of a recomputation."""
+
+    def __init__(self, made, **kwargs):
+        super().__init__(**kwargs)
+        self.record = made.append  # as a list, Keras would track a copy of it
+
+    def call(self, x):
+        y = tf.tanh(x)
+        if not isinstance(x, keras.KerasTensor):
+            self.record(weakref.ref(y))
+        return y
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def hidden_tensors_alive(num_blocks, recompute):
+    made = []
+    sequence = RevSequence(
+        [RevBlock(Recorder(made), Recorder(made)) for _ in range(num_blocks)],
+        recompute=recompute,
+    )
+    x = images(2, 8)
+    sequence.build(x.shape)
+    made.clear()
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = sequence(x, training=True)
+        gc.collect()
+        alive = sum(reference() is not None for reference in made)
+        assert len(made) == 2 * num_blocks
+    assert tape.gradient(y, x) is not None
+    return alive
+
+
+def test_no_hidden_tensor_stays_alive_in_eager_mode():
+    assert hidden_tensors_alive(6, recompute=True) == 0
+    assert hidden_tensors_alive(6, recompute=False) == 12  # the test can fail
+
+
+def traced_step(function, *shape):
+    """Returns the operations of the forward pass, and those that the gradient needs
+    beyond them."""
+    forward = []
+
+    @tf.function(autograph=False)
+    def step(x):
+        y = function(x)
+        forward.extend(op.name for op in y.graph.get_operations())
+        return tf.gradients(tf.reduce_sum(y**2), x)
+
+    graph = step.get_concrete_function(tf.TensorSpec(shape)).graph
+    needed = [o for t in graph.outputs for o in (t.op, *ancestors(t.op))]
+    backward = [o for o in needed if o.name not in forward]
+    return [graph.get_operation_by_name(name) for name in forward], backward
+
+
+def test_recomputation_waits_for_the_gradient_of_the_branch_that_follows():
+    # Every branch is an operation of a type of its own. Its second occurrence, in the
+    # backward pass, must have the derivative of the branch that follows among the
+    # operations that it waits for.
+    kinds = ["Erf", "Lgamma", "Atan", "Asinh"]  # (the gradient does not need the Erf)
+    functions = [tf.math.erf, tf.math.lgamma, tf.atan, tf.asinh]
+    branches = [layers.Lambda(f, output_shape=lambda s: s) for f in functions]
+    sequence = RevSequence([RevBlock(*branches[:2]), RevBlock(*branches[2:])])
+    _, backward = traced_step(lambda x: sequence(x, training=True), 2, 8)
+    again = {o.type: o for o in backward if o.type in kinds}
+    derivative = {"Atan": "Reciprocal", "Asinh": "Cosh"}
+    for kind, following in (("Lgamma", "Atan"), ("Atan", "Asinh")):
+        waits_for = {op.type for op in ancestors(again[kind])}
+        assert {following, derivative[following]} <= waits_for
+
+
+def ancestors(op):
+    """Returns all operations that must have run before `op` runs."""
+    seen, todo = {}, [op]
+    while todo:
+        for before in [t.op for t in todo[-1].inputs] + list(todo.pop().control_inputs):
+            if before.name not in seen:
+                seen[before.name] = before
+                todo.append(before)
+    return seen.values()
+
+
+def test_stacked_blocks_do_not_read_their_own_outputs_again():
+    # What the backward pass reads of the forward pass has to be kept for it.
+    blocks = [RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")) for _ in "abc"]
+    for block in blocks:
+        block.build((None, 8))
+
+    def stack(x):
+        for block in blocks:
+            x = block(x, training=True)
+        return x
+
+    def kept(function):
+        forward, backward = traced_step(function, 2, 8)
+        names = {o.name for o in forward}
+        read = [t for o in backward for t in o.inputs if t.op.name in names]
+        return {t.name for t in read if t.shape.as_list() == [2, 4]}
+
+    # The two streams that leave the last block; a gap in the chain keeps two more.
+    assert len(kept(stack)) == 2
+    assert len(kept(lambda x: blocks[1](1.0 * blocks[0](x, training=True)))) == 4
+
+
+def test_blocks_with_another_consumer_between_them_are_still_right(run):
+    def make():
+        return [
+            RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")) for _ in "ab"
+        ]
+
+    def gradients(blocks, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            h = blocks[0](x, training=True)
+            swapped = tf.concat([h[:, 4:], h[:, :4]], 1)
+            y = blocks[1](swapped, training=True) + blocks[1](h, training=True)
+            loss = tf.reduce_sum(y**2) + tf.reduce_sum(tf.sin(h))
+        weights = [v.value for b in blocks for v in b.trainable_variables]
+        return tape.gradient(loss, [x, *weights])
+
+    results = []
+    for recompute in (True, False):
+        keras.utils.set_random_seed(3)
+        blocks = make()
+        for block in blocks:
+            block.recompute = recompute
+            block.build((None, 8))
+        results.append(run(gradients)(blocks, images(5, 8)))
+    assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_inner_functions_and_two_gradients_of_them_are_right():
+    blocks = [RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")) for _ in "ab"]
+    for block in blocks:
+        block.build((None, 8))
+    inner = tf.function(lambda x: blocks[1](blocks[0](x, training=True), training=True))
+    x = images(5, 8)
+
+    def gradients():
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y = inner(x)
+            a, b = tf.reduce_sum(y**2), tf.reduce_sum(tf.sin(y))
+        return tape.gradient(a, x), tape.gradient(b, x)
+
+    got = gradients(), tf.function(gradients, autograph=False)()
+    for block in blocks:
+        block.recompute = False
+    inner = tf.function(lambda x: blocks[1](blocks[0](x, training=True), training=True))
+    expected = gradients()
+    for pair in got:
+        assert_close(pair, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_equal_shape_get_their_own_gradients(run):
+    def make():
+        def branch():
+            return keras.Sequential([layers.Dense(4, "tanh") for _ in range(3)])
+
+        return RevBlock(branch(), branch())
+
+    layer, twin = twins(make, (None, 8))
+    x = images(5, 8)
+    got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+class AssignsItsWeight(layers.Layer):
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(input_shape[-1],))
+
+    def call(self, x):
+        self.w.assign(self.w * 0.5)
+        return x * self.w
+
+
+class DrawsFromTheGlobalSeed(layers.Layer):
+    def call(self, x):
+        return x + keras.random.normal((4,))
+
+
+class Foreign(layers.Layer):
+    def __init__(self, variable, **kwargs):
+        super().__init__(**kwargs)
+        self._hidden = lambda: variable
+
+    def call(self, x):
+        return x * tf.convert_to_tensor(self._hidden())
+
+
+@pytest.mark.parametrize(
+    "branch, message",
+    [
+        (AssignsItsWeight, "assigns its own trainable weight"),
+        (DrawsFromTheGlobalSeed, "SeedGenerator"),
+        (lambda: Foreign(tf.Variable(2.0)), "do not belong"),
+    ],
+)
+def test_branch_that_recomputation_cannot_follow_is_refused(run, branch, message):
+    block = RevBlock(branch(), layers.Dense(4))
+    x = images(2, 8)
+    block.build(x.shape)
+    with pytest.raises(ValueError, match=message):
+        run(loss_and_gradients)(block, x)
+    block.recompute = False
+    loss_and_gradients(block, x)
+
+
+def test_unused_weight_gets_a_zero_gradient():
+    class Unused(layers.Layer):
+        def build(self, input_shape):
+            self.w = self.add_weight(shape=(3,))
+
+        def call(self, x):
+            return 0.5 * x
+
+    block = RevBlock(Unused(), layers.Dense(4))
+    gradients = loss_and_gradients(block, images(2, 8))
+    np.testing.assert_array_equal(gradients[2], np.zeros(3))
+
+
+def test_run_refuses_a_branch_with_another_number_of_states():
+    branch = coupling.Branch(lambda w, s, x: ([x], [], []), [], [0])
+    x = images(2, 4)
+    with pytest.raises(ValueError, match="zip"):
+        coupling.run([coupling.Coupling(branch, branch)], x, x, state=[tf.zeros([])])

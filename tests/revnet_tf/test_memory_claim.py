@@ -1,0 +1,46 @@
+"""Activation memory does not depend on depth, measured on whole training steps.
+
+The measurements are those of `benchmarks.memory`: peak resident size of fresh processes
+at two batch sizes in graph mode, and the compiler's own buffer assignment with XLA.
+"""
+
+import pytest
+
+from benchmarks.memory import bytes_per_sample, xla_temporary_bytes
+
+
+def spread(values):
+    return max(values) / min(values) - 1
+
+
+@pytest.mark.parametrize("network", ["sequence", "functional"])
+def test_memory_of_a_chain_is_flat_in_graph_mode(network):
+    assert spread([bytes_per_sample(network, n) for n in (4, 16)]) < 0.15
+
+
+def test_memory_of_a_chain_is_flat_under_xla():
+    assert spread([xla_temporary_bytes("functional", n) for n in (4, 8)]) < 0.02
+
+
+def test_memory_of_ordinary_backpropagation_grows():
+    small, large = (bytes_per_sample("ordinary", n) for n in (4, 16))
+    assert large / small > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["sequence", "functional", "sequential"])
+def test_memory_of_every_kind_of_chain_is_flat_at_4_8_and_16_blocks(network):
+    depths = (4, 8, 16)
+    assert spread([bytes_per_sample(network, n) for n in depths]) < 0.15
+    assert spread([xla_temporary_bytes(network, n) for n in depths]) < 0.02
+
+
+@pytest.mark.slow
+def test_memory_of_revnets_is_flat_up_to_18_blocks_a_stage():
+    assert spread([bytes_per_sample("revnet", n) for n in (3, 9, 18)]) < 0.15
+
+
+@pytest.mark.slow
+def test_memory_of_the_ordinary_revnet_grows():
+    small, large = (bytes_per_sample("revnet_ordinary", n) for n in (3, 9))
+    assert large / small > 2
