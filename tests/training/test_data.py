@@ -1,0 +1,266 @@
+import dataclasses
+import os
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training import data
+from training.recipes import RECIPES
+
+RECIPE = dataclasses.replace(
+    RECIPES["digits_revnet"], global_batch_size=4, pad=0, flip=False
+)
+# Real CIFAR-10, where it lies beside the checkout or in TFDS_DATA_DIR.
+CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "../shared/tfds_data"))
+
+
+def numbered_images(size, shape=(8, 8, 1)):
+    """Images whose label is their number, so that a label tells which it is."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
+    return data.Images(images, np.arange(size), images[:7], np.arange(7), ["a", "b"])
+
+
+def training_arrays(images, recipe, steps, first_step=0):
+    batches = data.training_batches(images, recipe, first_step).take(steps)
+    x, y = zip(*batches.as_numpy_iterator(), strict=True)
+    return np.concatenate(x), np.concatenate(y)
+
+
+def test_training_images_are_centred_on_the_mean_image_and_divided_by_255():
+    images = numbered_images(10)
+    x, y = training_arrays(images, RECIPE, steps=2)
+    mean = images.train_images.astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(x, (images.train_images[y] - mean) / 255, atol=1e-6)
+
+
+def test_mean_image_is_exact_where_a_float32_sum_is_not():
+    bright = np.full((300_000, 1, 1, 1), 255, np.uint8)
+    images = data.Images(bright, np.zeros(len(bright)), bright, bright, ["a"])
+    assert images.mean_image == 255
+    assert np.add.accumulate(bright.ravel(), dtype=np.float32)[-1] != bright.sum()
+
+
+def test_epoch_holds_no_image_twice_and_leaves_out_another_rest_each_time():
+    images = numbered_images(10)
+    _, y = training_arrays(images, RECIPE, steps=40)
+    epochs = y.reshape(20, 8)
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert set(y) == set(range(10))
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+
+
+@pytest.mark.parametrize("first_step", [3, 5])
+def test_run_that_goes_on_sees_what_a_straight_run_sees(first_step):
+    images = numbered_images(13)
+    recipe = dataclasses.replace(RECIPE, pad=2, flip=True)
+    x, y = training_arrays(images, recipe, steps=9)
+    tf.random.set_seed(99)  # neither global seed nor earlier draws matter
+    x_on, y_on = training_arrays(images, recipe, 9 - first_step, first_step)
+    np.testing.assert_array_equal(y_on, y[first_step * 4 :])
+    np.testing.assert_array_equal(x_on, x[first_step * 4 :])
+
+
+def test_seeds_give_other_orders():
+    images = numbered_images(100)
+    orders = [
+        training_arrays(images, dataclasses.replace(RECIPE, seed=seed), 25)[1]
+        for seed in (0, 1, 2**32 - 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_crops_are_windows_of_the_zero_padded_normalized_image():
+    images = numbered_images(10)
+    recipe = dataclasses.replace(RECIPE, pad=1)
+    x, y = training_arrays(images, recipe, steps=50)
+    offsets = []
+    for crop, i in zip(x, y, strict=True):
+        padded = np.pad(
+            images.normalize(images.train_images[i]), [(1, 1), (1, 1), (0, 0)]
+        )
+        offsets += [
+            (top, left)
+            for top in range(3)
+            for left in range(3)
+            if np.allclose(crop, padded[top : top + 8, left : left + 8], atol=1e-6)
+        ]
+    assert len(offsets) == len(x)
+    assert len(set(offsets)) == 9  # every one of the windows occurs
+
+
+def test_about_half_of_the_images_are_flipped():
+    images = numbered_images(10)
+    x, y = training_arrays(images, dataclasses.replace(RECIPE, flip=True), steps=50)
+    straight = images.normalize(images.train_images[y]).numpy()
+    flipped = np.isclose(x, straight[:, :, ::-1]).all(axis=(1, 2, 3))
+    unflipped = np.isclose(x, straight).all(axis=(1, 2, 3))
+    assert np.all(flipped != unflipped)
+    assert 0.35 < flipped.mean() < 0.65  # 200 draws: 4 standard deviations
+
+
+def test_test_images_come_in_order_and_with_the_last_smaller_batch():
+    images = numbered_images(10)
+    batches = list(data.test_batches(images, 4, normalize=False).as_numpy_iterator())
+    assert [len(y) for _, y in batches] == [4, 3]
+    np.testing.assert_array_equal(
+        np.concatenate([x for x, _ in batches]), images.test_images
+    )
+
+
+def test_batch_larger_than_the_training_set_is_refused():
+    with pytest.raises(ValueError, match="global_batch_size=11 .* 10 training images"):
+        numbered_images(10).steps_per_epoch(11)
+
+
+def test_digits_are_held_out_by_a_fixed_split_with_every_class():
+    first, second = data.load("digits"), data.load("digits")
+    np.testing.assert_array_equal(first.test_images, second.test_images)
+    assert first.train_images.shape == (1437, 8, 8, 1)
+    assert first.test_images.shape == (360, 8, 8, 1)
+    assert first.train_images.dtype == np.uint8
+    assert first.train_images.max() == 255
+    assert set(np.bincount(first.test_labels)) <= {35, 36, 37}
+    train = {image.tobytes() for image in first.train_images}
+    assert not train & {image.tobytes() for image in first.test_images}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every request is refused, as by a host that is not there."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A made-up data set, prepared as TFDS prepares CIFAR-10."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    data_dir = tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+
+    def split(size):
+        for i in range(size):
+            image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            yield i, {"id": f"{i}", "image": image, "label": i % 10}
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="cifar10",
+        version="3.0.2",
+        data_dir=data_dir,
+        features=tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(names=list("abcdefghij")),
+            }
+        ),
+        split_datasets={"train": list(split(20)), "test": list(split(10))},
+        disable_shuffling=True,
+    )
+    return data_dir
+
+
+def test_prepared_data_is_read_without_a_network_call(prepared, monkeypatch):
+    def connect(*_):
+        raise AssertionError("a network call")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    images = data.load("cifar10", prepared)
+    rng = np.random.default_rng(0)
+    expected = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(20)]
+    np.testing.assert_array_equal(images.train_images, expected)
+    np.testing.assert_array_equal(images.train_labels, np.arange(20) % 10)
+    assert images.test_images.shape == (10, 32, 32, 3)
+    assert images.class_names == list("abcdefghij")
+
+
+def test_data_dir_comes_from_the_environment(prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert len(data.load("cifar10").train_images) == 20
+
+
+@pytest.mark.parametrize("level", ["above", "in cifar10", "in the version"])
+def test_data_dir_of_another_level_is_named(prepared, level, no_network):
+    given, there = {
+        "above": (prepared.parent, prepared / "cifar10" / "3.0.2"),
+        "in cifar10": (prepared / "cifar10", prepared / "cifar10" / "3.0.2"),
+        "in the version": (
+            prepared / "cifar10" / "3.0.2",
+            prepared / "cifar10" / "3.0.2",
+        ),
+    }[level]
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("cifar10", given)
+    assert f"data_dir={given} does not hold cifar10/3.0.2" in str(error.value)
+    assert str(there) in str(error.value)
+
+
+def test_another_version_is_named(tmp_path, no_network):
+    old = tmp_path / "cifar10" / "3.0.1"
+    old.mkdir(parents=True)
+    (old / "dataset_info.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"hold cifar10/3.0.2, .* {old}"):
+        data.load("cifar10", tmp_path)
+
+
+def test_damaged_data_is_named(prepared, tmp_path):
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    for file in (prepared / "cifar10" / "3.0.2").iterdir():
+        content = file.read_bytes()
+        damaged = "train" in file.name
+        (folder / file.name).write_bytes(content[:-100] if damaged else content)
+    with pytest.raises(OSError, match=f"{folder} cannot be read"):
+        data.load("cifar10", tmp_path)
+
+
+def test_unprepared_data_without_network_fails_soon_and_leaves_nothing(
+    tmp_path, no_network, capsys
+):
+    start = time.monotonic()
+    with pytest.raises(ConnectionError) as error:
+        data.load("cifar100", tmp_path)
+    assert time.monotonic() - start < 20
+    assert str(tmp_path / "cifar100" / "3.0.2") in str(error.value)
+    assert "--data-dir" in str(error.value)
+    line = capsys.readouterr().out
+    assert line.startswith("Downloading cifar100/3.0.2, 160.71 MiB, from https://")
+    assert str(tmp_path) in line
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_host_that_never_answers_is_given_up_within_20_seconds(
+    tmp_path, no_network, monkeypatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        monkeypatch.setenv("https_proxy", proxy)
+        start = time.monotonic()
+        with pytest.raises(ConnectionError):
+            data.load("cifar10", tmp_path)
+        assert time.monotonic() - start < 20
+
+
+@pytest.mark.skipif(
+    not (CIFAR / "cifar10" / "3.0.2").is_dir(),
+    reason="needs CIFAR-10 in TFDS_DATA_DIR or ../shared/tfds_data",
+)
+def test_real_cifar10():
+    images = data.load("cifar10", CIFAR)
+    assert images.train_images.shape == (50_000, 32, 32, 3)
+    assert images.test_images.shape == (10_000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(images.train_labels), [5000] * 10)
+    # The published means of the channels; copies that went through JPEG are 1.4 off.
+    np.testing.assert_allclose(
+        images.mean_image.mean(axis=(0, 1)), [125.3, 123.0, 113.9], atol=2
+    )
+    assert images.class_names[0] == "airplane"

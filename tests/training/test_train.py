@@ -1,0 +1,402 @@
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training import evaluate, export, fit, train
+from training.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+# 7 steps an epoch, and a last one of 3.
+TINY = (
+    "--num-blocks 1 --channels 8 8 --global-batch-size 200 --train-steps 17 "
+    "--decay-steps 8 --flip --weight-decay 0.01"
+).split()
+
+
+def command(run_dir, *flags):
+    return ["--run-dir", str(run_dir), *TINY, *flags]
+
+
+def rows_of(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(run_dir):
+    return keras.models.load_model(run_dir / "model.keras").get_weights()
+
+
+def listing(folder):
+    """Every path under a folder, with when it was written and what it holds."""
+    return {
+        path: (
+            path.stat().st_mtime_ns,
+            path.is_file() and hashlib.sha256(path.read_bytes()).digest(),
+        )
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def refusal(capsys, program, *argv):
+    """Runs a program that has to refuse, and returns its line on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        program.main([str(word) for word in argv])
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    train.main(command(run_dir))
+    return run_dir
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def unfinished_run(tmp_path, monkeypatch):
+    """A run stopped in its second epoch: after its row, before its checkpoint."""
+    run_dir = tmp_path / "unfinished"
+    save = tf.train.CheckpointManager.save
+
+    def interrupted_save(manager, step):
+        if step == 14:
+            raise Interrupted
+        return save(manager, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.train.CheckpointManager, "save", interrupted_save)
+        with pytest.raises(Interrupted):
+            train.main(command(run_dir))
+    assert len(rows_of(run_dir)) == 2
+    return run_dir
+
+
+def test_finished_run_holds_what_it_should(finished_run):
+    assert {path.name for path in finished_run.iterdir()} == {
+        "recipe.json",
+        "metrics.csv",
+        "result.json",
+        "curves.png",
+        "checkpoints",
+        "model.keras",
+        "export",
+    }
+    assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished_run / "export" / "1" / "saved_model.pb").is_file()
+
+
+def test_recipe_file_holds_every_field_as_it_was_resolved_and_versions(finished_run):
+    found = json.loads((finished_run / "recipe.json").read_text())
+    versions = found.pop("versions")
+    assert found.pop("recipe") == "digits_revnet"
+    expected = dataclasses.asdict(RECIPES["digits_revnet"])
+    expected |= {
+        "num_blocks": [1],
+        "channels": [8, 8],
+        "global_batch_size": 200,
+        "train_steps": 17,
+        "decay_steps": [8],
+        "flip": True,
+        "weight_decay": 0.01,
+    }
+    assert found == expected
+    assert versions["tensorflow"] == tf.__version__
+    assert versions["keras"] == keras.__version__
+
+
+def test_steps_are_exact_where_the_last_epoch_is_not_whole(finished_run):
+    rows = rows_of(finished_run)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["step"] for row in rows] == ["7", "14", "17"]
+    assert [row["learning_rate"] for row in rows] == ["0.1", "0.01", "0.01"]
+    assert json.loads((finished_run / "result.json").read_text())["steps"] == 17
+
+
+def test_fewer_steps_than_an_epoch_are_exact(tmp_path):
+    train.main(command(tmp_path, "--train-steps", "2"))
+    assert [row["step"] for row in rows_of(tmp_path)] == ["2"]
+
+
+def test_result_is_that_of_the_saved_model(finished_run):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.round(digits.images[..., None] * 255 / 16).astype("uint8")
+    _, x, _, y = train_test_split(
+        pixels, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
+    model = keras.models.load_model(finished_run / "model.keras")
+    probabilities = model.predict(x, verbose=0).astype("float64")
+    loss = -np.log(probabilities[np.arange(len(y)), y]).mean()
+    result = json.loads((finished_run / "result.json").read_text())
+    accuracy = np.mean(probabilities.argmax(-1) == y)
+    assert result["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    # Without the penalty, which is several times the tolerance.
+    assert result["test_loss"] == pytest.approx(loss, rel=1e-4)
+    last = rows_of(finished_run)[-1]
+    assert float(last["test_loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(last["test_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+    trainable = sum(weight.numpy().size for weight in model.trainable_weights)
+    assert result["num_parameters"] == trainable
+    assert result["recipe"] == "digits_revnet"
+    assert result["train_seconds"] > 0
+
+
+def test_saved_model_takes_images_as_they_are_and_gives_the_same_probabilities(
+    finished_run,
+):
+    x = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    serve = tf.saved_model.load(finished_run / "export" / "1").signatures[
+        "serving_default"
+    ]
+    ((name, spec),) = serve.structured_input_signature[1].items()
+    assert spec.dtype == tf.uint8
+    outputs = serve(**{name: tf.constant(x)})
+    expected = keras.models.load_model(finished_run / "model.keras")(x)
+    np.testing.assert_allclose(outputs["predictions"], expected, atol=1e-5)
+    np.testing.assert_allclose(tf.reduce_sum(expected, -1), 1, rtol=1e-5)
+
+
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    unfinished_run, finished_run, capsys
+):
+    train.main(command(unfinished_run))
+    assert "Going on from step 7 of 17" in capsys.readouterr().out
+    # The order of sums in convolutions on several threads is not fixed.
+    for resumed, straight in zip(
+        weights_of(unfinished_run), weights_of(finished_run), strict=True
+    ):
+        np.testing.assert_allclose(resumed, straight, rtol=1e-4, atol=1e-5)
+    rows, straight_rows = rows_of(unfinished_run), rows_of(finished_run)
+    assert [row["step"] for row in rows] == ["7", "14", "17"]
+    for row, straight in zip(rows, straight_rows, strict=True):
+        assert row["learning_rate"] == straight["learning_rate"]
+        for column in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+            assert float(row[column]) == pytest.approx(float(straight[column]), 1e-3)
+
+
+def test_run_stopped_between_training_and_result_is_finished(
+    tmp_path, finished_run, monkeypatch
+):
+    def interrupted(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score", interrupted)
+        with pytest.raises(Interrupted):
+            train.main(command(tmp_path))
+    assert not (tmp_path / "result.json").exists()
+    train.main(command(tmp_path))
+    assert (tmp_path / "result.json").is_file()
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["1"]
+    assert [row["step"] for row in rows_of(tmp_path)] == ["7", "14", "17"]
+
+
+def test_finished_run_is_refused_and_untouched(finished_run, capsys):
+    before = listing(finished_run)
+    line = refusal(capsys, train, *command(finished_run))
+    assert f"{finished_run} holds a finished run" in line
+    assert listing(finished_run) == before
+
+
+def test_unfinished_run_of_another_recipe_is_refused_and_untouched(
+    unfinished_run, capsys
+):
+    before = listing(unfinished_run)
+    line = refusal(capsys, train, *command(unfinished_run, "--seed", "1"))
+    assert "unfinished run with seed=0, not 1" in line
+    assert listing(unfinished_run) == before
+
+
+def test_folder_of_something_else_is_refused_and_untouched(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    before = listing(tmp_path)
+    line = refusal(capsys, train, *command(tmp_path))
+    assert f"{tmp_path} is not empty and is no run folder" in line
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags, hint",
+    [
+        ("--recipe digits_revnte", "did you mean digits_revnet?"),
+        ("--recipe mnist", "use one of digits_revnet, cifar10_resnet32"),
+        ("--learning-rat 0.1", "did you mean --learning-rate?"),
+        ("--learning-rat=0.1", "did you mean --learning-rate?"),
+        ("--zzz", "use one of -h"),
+        ("--train-steps many", "argument --train-steps: invalid int value: 'many'"),
+        ("--train-steps 0", "train_steps=0: use a number above 0"),
+        ("--train-steps", "argument --train-steps: expected one argument"),
+        ("--recompute False", "unexpected 'False'"),
+        ("--dataset cifar11", "did you mean cifar10?"),
+        ("--strategy multiworker", "use one of auto, single, mirrored"),
+        ("--num-blocks 1 2 3", "channels=(32, 32, 64): give the stem's channels"),
+        ("--channels 33 33 33", "33"),
+        ("--global-batch-size 2000", "1437 training images"),
+    ],
+)
+def test_mistake_is_answered_in_one_line_and_begins_no_run(
+    flags, hint, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    assert hint in refusal(capsys, train, "--run-dir", run_dir, *flags.split())
+    assert not run_dir.exists()
+
+
+def test_every_field_is_a_flag():
+    flags = (
+        "--dataset cifar100 --no-reversible --num-blocks 1 2 --channels 2 4 6 "
+        "--bottleneck --no-recompute --global-batch-size 3 --learning-rate 0.5 "
+        "--decay-steps --momentum 0.8 --weight-decay 0.7 --train-steps 4 --pad 5 "
+        "--flip --seed 6"
+    ).split()
+    _, name, recipe, _ = train.parse(flags)
+    assert name == "digits_revnet"
+    assert dataclasses.asdict(recipe) == {
+        "dataset": "cifar100",
+        "reversible": False,
+        "num_blocks": (1, 2),
+        "channels": (2, 4, 6),
+        "bottleneck": True,
+        "recompute": False,
+        "global_batch_size": 3,
+        "learning_rate": 0.5,
+        "decay_steps": (),
+        "momentum": 0.8,
+        "weight_decay": 0.7,
+        "train_steps": 4,
+        "pad": 5,
+        "flip": True,
+        "seed": 6,
+    }
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(tmp_path, "--learning-rate", "1e30"))
+    assert exit_.value.code == 1
+    assert "lower learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_evaluate_repeats_the_recorded_score(finished_run, capsys):
+    evaluate.main([str(finished_run)])
+    accuracy, loss = capsys.readouterr().out.splitlines()
+    _, _, scored, _, recorded = accuracy.split()
+    assert scored == recorded.rstrip(")")
+    _, _, scored, _, recorded = loss.split()
+    assert scored == recorded.rstrip(")")
+
+
+def test_export_writes_the_next_version_or_to_output(finished_run, tmp_path, capsys):
+    output = tmp_path / "elsewhere" / "7"
+    export.main([str(finished_run), "--output", str(output)])
+    assert (output / "saved_model.pb").is_file()
+    export.main([str(finished_run)])
+    second = finished_run / "export" / "2"
+    assert (second / "saved_model.pb").is_file()
+    assert capsys.readouterr().out.split() == [str(output), str(second)]
+    line = refusal(capsys, export, finished_run, "--output", output)
+    assert f"output={output} exists" in line
+
+
+def test_unfinished_run_is_neither_scored_nor_exported(tmp_path, capsys):
+    (tmp_path / "recipe.json").write_text("{}")
+    for program in (evaluate, export):
+        assert "holds an unfinished run" in refusal(capsys, program, tmp_path)
+        assert "is no run folder" in refusal(capsys, program, tmp_path / "none")
+
+
+def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run):
+    # In a process of its own: logical devices are set before TensorFlow starts, and
+    # two mirrored strategies in one process abort it.
+    program = (
+        "import sys, tensorflow as tf; cpu, = tf.config.list_physical_devices('CPU'); "
+        "tf.config.set_logical_device_configuration("
+        "cpu, [tf.config.LogicalDeviceConfiguration()] * 2); "
+        "from training import train; train.main(sys.argv[1:])"
+    )
+    argv = command(tmp_path / "run", "--strategy", "mirrored")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 replica(s)" in done.stdout
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["7", "14", "17"]
+    # BatchNorm sees half of the batch, so the runs are alike and not equal.
+    straight = float(rows_of(finished_run)[-1]["train_loss"])
+    assert float(rows[-1]["train_loss"]) == pytest.approx(straight, rel=0.2)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    last = float(rows[-1]["test_accuracy"])
+    assert result["test_accuracy"] == pytest.approx(last, abs=1e-6)
+
+
+def run_in_shell(folder, *flags):
+    """Runs the program as a user does, in a folder that is not the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "training.train", *flags],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_default_run_folder_and_output(tmp_path):
+    done = run_in_shell(tmp_path, "--train-steps", "30")
+    assert done.returncode == 0, done.stderr[-2000:]
+    run_dir = tmp_path / "runs" / "digits_revnet"
+    assert (run_dir / "result.json").is_file()
+    epochs = [line for line in done.stdout.splitlines() if line.startswith("epoch")]
+    assert len(epochs) == len(rows_of(run_dir)) == 2
+    for shown in ("test accuracy", "test loss", "model.keras", "curves.png"):
+        assert shown in done.stdout
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.slow
+def test_command_without_arguments_learns_the_digits(tmp_path):
+    done = run_in_shell(tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "runs/digits_revnet/result.json").read_text())
+    assert result["test_accuracy"] > 0.97
+
+
+def test_mistake_in_a_shell_is_one_line_before_tensorflow_is_loaded(tmp_path):
+    done = run_in_shell(tmp_path, "--recipe", "cifar10_revnet39")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "python -m training.train: error: argument --recipe: invalid value "
+        "'cifar10_revnet39': did you mean cifar10_revnet38?\n"
+    )
+
+
+def test_serving_model_normalizes_as_the_pipeline_does():
+    from training import data
+
+    images = data.load("digits")
+    inputs = keras.Input(images.image_shape)
+    logits = keras.layers.Flatten()(inputs)
+    serving = fit.serving_model(keras.Model(inputs, logits), images)
+    x = images.test_images[:5]
+    expected = tf.nn.softmax(tf.reshape(images.normalize(x), (5, -1)))
+    np.testing.assert_allclose(serving(x), expected, rtol=1e-5)

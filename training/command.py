@@ -1,0 +1,48 @@
+"""Command lines that answer a mistake in one line."""
+
+import argparse
+import difflib
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without usage before an error and guesses at flags."""
+
+    def __init__(self, **kwargs):
+        self.flags = []
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def add_argument(self, *args, **kwargs):
+        action = super().add_argument(*args, **kwargs)
+        self.flags += action.option_strings
+        return action
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), None)
+            if flag is None:
+                self.error(f"unexpected {unknown[0]!r}: it belongs to no flag")
+            flag = flag.partition("=")[0]
+            self.error(f"unexpected {flag}: {suggestion(flag, self.flags)}")
+        return parsed
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def one_of(options):
+    """Returns an argument type that accepts the words in `options`."""
+
+    def parse(word):
+        if word not in options:
+            raise argparse.ArgumentTypeError(
+                f"invalid value {word!r}: {suggestion(word, options)}"
+            )
+        return word
+
+    return parse
+
+
+def suggestion(word, options):
+    near = difflib.get_close_matches(word, options, n=1)
+    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(options)}"

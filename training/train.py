@@ -1,0 +1,148 @@
+"""Trains a recipe: `python -m training.train [--recipe NAME] [--FIELD VALUE ...]`.
+
+The same command on the folder of an unfinished run goes on from its last checkpoint.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import typing
+from pathlib import Path
+
+from training import runs
+from training.command import Parser, one_of
+from training.recipes import DATASETS, RECIPES, Recipe
+
+
+def main(argv=None):
+    parser, name, recipe, args = parse(argv)
+    run_dir = args.run_dir or Path("runs", name)
+    description = runs.describe(name, recipe)
+    try:
+        runs.check_free(run_dir, description)
+        # TensorFlow takes seconds to load; what is wrong above is said at once.
+        import keras
+
+        from training import data, fit
+        from training.strategy import get_strategy
+
+        keras.utils.set_random_seed(recipe.seed)
+        strategy = get_strategy(args.strategy)
+        images = data.load(recipe.dataset, args.data_dir)
+        images.steps_per_epoch(recipe.global_batch_size)
+        if recipe.global_batch_size % strategy.num_replicas_in_sync:
+            raise ValueError(
+                f"global_batch_size={recipe.global_batch_size} cannot be shared by "
+                f"{strategy.num_replicas_in_sync} replicas; use a multiple of them."
+            )
+        with strategy.scope():
+            network = fit.build(recipe, images)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / "recipe.json").exists():
+            runs.write_json(run_dir / "recipe.json", description)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+
+    print(
+        f"{name}: {fit.num_parameters(network):,} parameters, {recipe.train_steps:,} "
+        f"steps, {strategy.num_replicas_in_sync} replica(s), in {run_dir}",
+        flush=True,
+    )
+    try:
+        with strategy.scope():
+            rows = fit.fit(network, recipe, images, run_dir)
+            serving = fit.serving_model(network, images)
+            with runs.written_whole(run_dir / "model.keras") as part:
+                serving.save(part)
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    finish(run_dir, name, recipe, network, images, rows)
+
+
+def finish(run_dir, name, recipe, network, images, rows):
+    """Exports, draws and scores a trained run; its result is what was saved."""
+    from training import evaluate, export, fit
+
+    runs.draw_curves(run_dir / "curves.png", rows, name)
+    # Left by a run that was stopped after it.
+    shutil.rmtree(run_dir / "export", ignore_errors=True)
+    export.export(run_dir, run_dir / "export" / "1", images.class_names)
+    accuracy, loss = evaluate.score(run_dir, images)
+    result = {
+        "recipe": name,
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "num_parameters": fit.num_parameters(network),
+        "steps": recipe.train_steps,
+        "train_seconds": round(sum(float(row["seconds"]) for row in rows), 3),
+        "class_names": images.class_names,
+    }
+    runs.write_json(run_dir / "result.json", result)
+    print(f"""
+test accuracy  {accuracy:.4f}
+test loss      {loss:.4f}
+training       {result["train_seconds"]:.0f} s, {recipe.train_steps:,} steps
+model          {run_dir / "model.keras"}
+SavedModel     {run_dir / "export" / "1"}
+curves         {run_dir / "curves.png"}""")
+
+
+def parse(argv):
+    """Returns the parser, the recipe's name, the recipe, and the other arguments."""
+    parser = Parser(
+        prog="python -m training.train",
+        description="Trains a recipe. Flags of its fields replace their values.",
+        epilog=f"Recipes: {', '.join(RECIPES)}.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--recipe",
+        type=one_of(RECIPES),
+        default="digits_revnet",
+        metavar="NAME",
+        help="defaults to digits_revnet",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=None, help="defaults to runs/NAME"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=None,
+        help="folder of TFDS data sets; defaults to TFDS_DATA_DIR, then to TFDS's own",
+    )
+    parser.add_argument(
+        "--strategy",
+        type=one_of(("auto", "single", "mirrored")),
+        default="auto",
+        metavar="NAME",
+        help="auto (default), single or mirrored",
+    )
+    types = typing.get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, nargs="*", type=typing.get_args(kind)[0])
+        elif field.name == "dataset":
+            parser.add_argument(flag, type=one_of(DATASETS))
+        else:
+            parser.add_argument(flag, type=kind)
+    args = parser.parse_args(argv)
+    changes = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Recipe)
+        if hasattr(args, field.name)
+    }
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    try:
+        recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
+    except ValueError as error:
+        parser.error(error)
+    return parser, args.recipe, recipe, args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
