@@ -14,8 +14,8 @@ from training.recipes import RECIPES
 RECIPE = dataclasses.replace(
     RECIPES["digits_revnet"], global_batch_size=4, pad=0, flip=False
 )
-# Real CIFAR-10, where it lies beside the checkout or in TFDS_DATA_DIR.
-CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "../shared/tfds_data"))
+# Real CIFAR-10, where TFDS has prepared it.
+CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
 def numbered_images(size, shape=(8, 8, 1)):
@@ -252,7 +252,7 @@ def test_host_that_never_answers_is_given_up_within_20_seconds(
 
 @pytest.mark.skipif(
     not (CIFAR / "cifar10" / "3.0.2").is_dir(),
-    reason="needs CIFAR-10 in TFDS_DATA_DIR or ../shared/tfds_data",
+    reason="needs CIFAR-10, prepared by TFDS in TFDS_DATA_DIR or its default folder",
 )
 def test_real_cifar10():
     images = data.load("cifar10", CIFAR)
