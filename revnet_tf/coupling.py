@@ -237,7 +237,10 @@ def _vjp(branch, weights, state, inputs, d_outputs, d_losses, after, accumulate)
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
     accumulate(branch.weights, gradients[len(inputs) :])
-    return outputs, gradients[: len(inputs)]
+    # The gradients for the weights hold the branch's activations until they are there:
+    # the next branch waits for them, too.
+    with tf.control_dependencies(gradients):
+        return outputs, [tf.identity(d) for d in gradients[: len(inputs)]]
 
 
 @tf.custom_gradient

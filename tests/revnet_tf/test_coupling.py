@@ -326,16 +326,18 @@ def test_no_hidden_tensor_stays_alive_in_eager_mode():
     assert hidden_tensors_alive(6, recompute=False) == 12  # the test can fail
 
 
-def traced_step(function, *shape):
+def traced_step(function, weights, *shape):
     """Returns the operations of the forward pass, and those that the gradient needs
     beyond them."""
     forward = []
 
     @tf.function(autograph=False)
     def step(x):
-        y = function(x)
-        forward.extend(op.name for op in y.graph.get_operations())
-        return tf.gradients(tf.reduce_sum(y**2), x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+            forward.extend(op.name for op in y.graph.get_operations())
+        return tape.gradient(y, [x, *weights])
 
     graph = step.get_concrete_function(tf.TensorSpec(shape)).graph
     needed = [o for t in graph.outputs for o in (t.op, *ancestors(t.op))]
@@ -343,20 +345,38 @@ def traced_step(function, *shape):
     return [graph.get_operation_by_name(name) for name in forward], backward
 
 
-def test_recomputation_waits_for_the_gradient_of_the_branch_that_follows():
-    # Every branch is an operation of a type of its own. Its second occurrence, in the
-    # backward pass, must have the derivative of the branch that follows among the
-    # operations that it waits for.
-    kinds = ["Erf", "Lgamma", "Atan", "Asinh"]  # (the gradient does not need the Erf)
-    functions = [tf.math.erf, tf.math.lgamma, tf.atan, tf.asinh]
-    branches = [layers.Lambda(f, output_shape=lambda s: s) for f in functions]
+class Scaled(layers.Layer):
+    """An operation that can be found again in a graph, times a weight."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.operation = operation
+
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(input_shape[-1],))
+
+    def call(self, x):
+        return self.w * self.operation(x)
+
+
+def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
+    # Every branch is an operation of a type of its own. Before its second occurrence,
+    # in the backward pass, come the derivative of the branch that follows, and the
+    # gradient for that branch's weight, a sum over the batch.
+    kinds = ["Erf", "Lgamma", "Atan", "Asinh"]
+    operations = [tf.math.erf, tf.math.lgamma, tf.atan, tf.asinh]
+    derivative = {"Lgamma": "Digamma", "Atan": "Reciprocal", "Asinh": "Cosh"}
+    branches = [Scaled(operation) for operation in operations]
     sequence = RevSequence([RevBlock(*branches[:2]), RevBlock(*branches[2:])])
-    _, backward = traced_step(lambda x: sequence(x, training=True), 2, 8)
+    sequence.build((2, 8))
+    weights = [v.value for v in sequence.trainable_variables]
+    _, backward = traced_step(lambda x: sequence(x, training=True), weights, 2, 8)
     again = {o.type: o for o in backward if o.type in kinds}
-    derivative = {"Atan": "Reciprocal", "Asinh": "Cosh"}
-    for kind, following in (("Lgamma", "Atan"), ("Atan", "Asinh")):
-        waits_for = {op.type for op in ancestors(again[kind])}
-        assert {following, derivative[following]} <= waits_for
+    for kind, following in zip(kinds, kinds[1:], strict=False):
+        before = ancestors(again[kind])
+        assert {following, derivative[following]} <= {op.type for op in before}
+        sums = [op for op in before if op.type == "Sum"]
+        assert any(again[following] in ancestors(op) for op in sums)
 
 
 def ancestors(op):
@@ -382,7 +402,7 @@ def test_stacked_blocks_do_not_read_their_own_outputs_again():
         return x
 
     def kept(function):
-        forward, backward = traced_step(function, 2, 8)
+        forward, backward = traced_step(function, [], 2, 8)
         names = {o.name for o in forward}
         read = [t for o in backward for t in o.inputs if t.op.name in names]
         return {t.name for t in read if t.shape.as_list() == [2, 4]}
