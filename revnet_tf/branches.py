@@ -94,6 +94,13 @@ class PoolingShortcut(keras.layers.Layer):
         self.filters = filters
         self.strides = strides
 
+    def build(self, input_shape):
+        if self.filters < input_shape[-1]:
+            raise ValueError(
+                f"filters={self.filters} is less than the {input_shape[-1]} channels "
+                "of the input; a pooling shortcut can only add channels."
+            )
+
     def call(self, inputs):
         x = inputs
         if self.strides > 1:
@@ -102,13 +109,6 @@ class PoolingShortcut(keras.layers.Layer):
         if extra:
             x = tf.pad(x, [[0, 0]] * 3 + [[extra // 2, extra - extra // 2]])
         return x
-
-    def build(self, input_shape):
-        if self.filters < input_shape[-1]:
-            raise ValueError(
-                f"filters={self.filters} is less than the {input_shape[-1]} channels "
-                "of the input; a pooling shortcut can only add channels."
-            )
 
     def get_config(self):
         config = {"filters": self.filters, "strides": self.strides}
@@ -153,19 +153,19 @@ class DownsamplingBlock(TwoStreamLayer):
                 "height and width that its strides divide.)"
             )
 
-    def forward(self, x1, x2, training):
+    def forward(self, x1, x2, arguments):
         dtype = x1.dtype
-        y1 = tf.cast(self.shortcut1(x1), dtype)
-        y1 += tf.cast(self.f(x2, training=training), dtype)
-        y2 = tf.cast(self.shortcut2(x2), dtype)
-        y2 += tf.cast(self.g(y1, training=training), dtype)
+        fx = self.f(x2, training=arguments.training, **arguments.of(self.f, 1))
+        y1 = coupling.add(tf.cast(self.shortcut1(x1), dtype), tf.cast(fx, dtype))
+        gy = self.g(y1, training=arguments.training, **arguments.of(self.g, 0))
+        y2 = coupling.add(tf.cast(self.shortcut2(x2), dtype), tf.cast(gy, dtype))
         return y1, y2
 
-    def step(self, variables, training):
-        def call(x1, x2):
-            return self.forward(x1, x2, training)
+    def step(self, variables, arguments):
+        def call(x1, x2, **extra):
+            return self.forward(x1, x2, arguments._replace(extra=extra))
 
-        return coupling.Checkpoint(variables.branch(self, call))
+        return coupling.Checkpoint(variables.branch(self, call, arguments.extra))
 
     def compute_output_shape(self, input_shape):
         shape1, shape2 = self.stream_shapes(input_shape)

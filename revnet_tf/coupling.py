@@ -13,7 +13,7 @@ as if it did:
 
 - One `tf.custom_gradient` holds the whole run: one for each block would keep every
   block's output.
-- The forward pass sees its arguments through `tf.stop_gradient`. In eager mode an outer
+- In eager mode the forward pass sees its arguments through `tf.stop_gradient`. An outer
   tape would otherwise record, and so keep, whatever happens inside.
 - A block is rebuilt only after the gradient that it has to carry is there. Nothing in
   the arithmetic asks for that order, and an executor that is free to choose rebuilds
@@ -35,26 +35,29 @@ class Branch(NamedTuple):
 
     Attributes:
         function: `function(weights, state, *inputs)` returns
-            `(outputs, new_state, losses)`, three sequences of tensors; `outputs` have
-            the dtype of the streams, `losses` are scalars.
+            `(outputs, new_state, losses, read)`: three sequences of tensors, `outputs`
+            in the dtype of the streams and `losses` scalars, and for each weight
+            whether the function has read it.
         weights: positions of its trainable tensors among the run's `weights`.
         state: positions of its other tensors (moving statistics, seeds, counters)
             among the run's `state`.
+        name: for error messages.
     """
 
     function: Callable
     weights: Sequence[int]
     state: Sequence[int]
+    name: str = "branch"
 
     def __call__(self, weights, state, *inputs):
-        """Returns the outputs, the run's state after the call, and the losses."""
-        outputs, new_state, losses = self.function(
+        """Returns the outputs, the run's state after the call, the losses, `read`."""
+        outputs, new_state, losses, read = self.function(
             [weights[i] for i in self.weights], [state[i] for i in self.state], *inputs
         )
         state = list(state)
         for i, value in zip(self.state, new_state, strict=True):
             state[i] = value
-        return outputs, state, losses
+        return outputs, state, losses, read
 
 
 class Coupling(NamedTuple):
@@ -64,10 +67,10 @@ class Coupling(NamedTuple):
     g: Branch
 
     def forward(self, x1, x2, weights, state):
-        (fx,), after_f, f_losses = self.f(weights, state, x2)
-        y1 = x1 + fx
-        (gy,), after_g, g_losses = self.g(weights, after_f, y1)
-        y2 = x2 + gy
+        (fx,), after_f, f_losses, _ = self.f(weights, state, x2)
+        y1 = add(x1, fx)
+        (gy,), after_g, g_losses, _ = self.g(weights, after_f, y1)
+        y2 = add(x2, gy)
         kept = state, after_f, len(f_losses)
         return y1, y2, after_g, [*f_losses, *g_losses], kept
 
@@ -91,7 +94,7 @@ class Checkpoint(NamedTuple):
     block: Branch
 
     def forward(self, x1, x2, weights, state):
-        (y1, y2), after, losses = self.block(weights, state, x1, x2)
+        (y1, y2), after, losses, _ = self.block(weights, state, x1, x2)
         return y1, y2, after, losses, (x1, x2, state)
 
     def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
@@ -163,7 +166,9 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
     @tf.custom_gradient
     def forward(x1, x2, *weights):
         nonlocal last_state
-        h1, h2, *weights = [tf.stop_gradient(t) for t in (x1, x2, *weights)]
+        h1, h2 = x1, x2
+        if tf.executing_eagerly():
+            h1, h2, *weights = [tf.stop_gradient(t) for t in (x1, x2, *weights)]
         current, losses, kept = list(state), [], []
         with tf.GradientTape() as tape:
             for step in steps:
@@ -210,11 +215,16 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
 def inverse(steps, y1, y2, weights=(), state=()):
     """Returns the streams that `Coupling` steps map to `(y1, y2)`; drops new states."""
     for step in reversed(steps):
-        (gy,), _, _ = step.g(weights, state, y1)
+        (gy,), *_ = step.g(weights, state, y1)
         x2 = y2 - gy
-        (fx,), _, _ = step.f(weights, state, x2)
+        (fx,), *_ = step.f(weights, state, x2)
         y1, y2 = y1 - fx, x2
     return y1, y2
+
+
+def add(x, y):
+    """Returns `x + y` without broadcasting: the sum could not be undone."""
+    return tf.add_n([x, y])
 
 
 def _vjp(branch, weights, state, inputs, d_outputs, d_losses, after, accumulate):
@@ -228,14 +238,28 @@ def _vjp(branch, weights, state, inputs, d_outputs, d_losses, after, accumulate)
     own = [weights[i] for i in branch.weights]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([*inputs, *own])
-        outputs, _, losses = branch(weights, state, *inputs)
+        outputs, _, losses, read = branch(weights, state, *inputs)
     gradients = tape.gradient(
         [*outputs, *losses],
         [*inputs, *own],
         output_gradients=[*d_outputs, *d_losses],
-        # A replica where a weight has no part must agree with one where it has.
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
+    if any(
+        was_read and gradient is None
+        for was_read, gradient in zip(read, gradients[len(inputs) :], strict=True)
+    ):
+        raise ValueError(
+            f"{branch.name} reads a trainable weight, but no gradient reaches it. A "
+            "custom gradient or rematerialization inside a branch finds its weights "
+            "as variables, and these are tensors here: remove it (the block "
+            "recomputes already), or set `recompute=False` on the block."
+        )
+    # Zeros for a weight that has no part in this call: a replica where it has none
+    # must agree with one where it has.
+    gradients = [
+        tf.zeros_like(x) if d is None else d
+        for x, d in zip([*inputs, *own], gradients, strict=True)
+    ]
     accumulate(branch.weights, gradients[len(inputs) :])
     # The gradients for the weights hold the branch's activations until they are there:
     # the next branch waits for them, too.

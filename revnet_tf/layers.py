@@ -1,22 +1,48 @@
 """Reversible Keras layers: `RevBlock` and `RevSequence`, over any pair of branches."""
 
+import inspect
+from typing import NamedTuple
+
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling
+from revnet_tf import coupling, pure
 
 # Attribute of a symbolic output tensor: how the layer that is called on it next finds
 # the `coupling.Handoff` of the run that made it.
 _MADE_BY = "_revnet_tf_made_by"
 
 
+class Arguments(NamedTuple):
+    """What the branches of a block are called with, beside a stream.
+
+    Attributes:
+        training: a Python `bool`.
+        masks: of the first and of the second stream, or `None`.
+        extra: keyword arguments of the block's call, for the branches that name them.
+    """
+
+    training: bool
+    masks: tuple = (None, None)
+    extra: dict = {}
+
+    def of(self, layer, stream):
+        """Returns the arguments for a branch of the stream with that index."""
+        named = {k: v for k, v in self.extra.items() if pure.accepts(layer, k)}
+        mask = self.masks[stream]
+        if mask is not None and "mask" in inspect.signature(layer.call).parameters:
+            named["mask"] = mask
+        return named
+
+
 class TwoStreamLayer(keras.layers.Layer):
     """What the layers that map two streams to two streams have in common.
 
     A subclass says how it maps the streams, in `forward` (an ordinary computation) and
-    in `step` (the same as a step of `coupling.run`), and which shapes it takes, in
-    `build_streams`. The streams have the variable dtype of the layer's policy, under a
-    mixed policy too: only the branches compute in the lower precision.
+    in `step` (the same as a step of `coupling.run`), which shapes it takes, in
+    `build_streams`, and which of its layers are given further arguments, in
+    `branches`. The streams have the variable dtype of the layer's policy, under a mixed
+    policy too: only the branches compute in the lower precision.
 
     Args:
         axis: the axis on which a single tensor is split into the two streams.
@@ -30,47 +56,77 @@ class TwoStreamLayer(keras.layers.Layer):
             raise ValueError(f"axis={axis!r} must be an integer, as -1 or 3.")
         self.axis = axis
         self.recompute = recompute
+        self._extra_specs = {}
+        self._checked = set()
+
+    def branches(self):
+        return [self.f, self.g]
 
     def build_streams(self, shape1, shape2):
         raise NotImplementedError
 
-    def forward(self, x1, x2, training):
+    def forward(self, x1, x2, arguments):
         raise NotImplementedError
 
-    def step(self, variables, training):
+    def step(self, variables, arguments):
         raise NotImplementedError
 
     def runs(self):
         """Returns `(layers, recompute)` pairs, in the order in which they apply."""
         return [([self], self.recompute)]
 
+    def __call__(self, *args, **kwargs):
+        if not self.built:
+            # Keras tells `build` the shape of the inputs only.
+            self._extra_specs = _specs(kwargs)
+        return super().__call__(*args, **kwargs)
+
     def build(self, input_shape):
         self.build_streams(*self.stream_shapes(input_shape))
 
-    def call(self, inputs, training=False):
+    def get_build_config(self):
+        config = super().get_build_config()
+        if config and self._extra_specs:
+            config["extra"] = {
+                name: (spec.shape, spec.dtype)
+                for name, spec in self._extra_specs.items()
+            }
+        return config
+
+    def build_from_config(self, config):
+        self._extra_specs = {
+            name: keras.KerasTensor(shape, dtype)
+            for name, (shape, dtype) in config.get("extra", {}).items()
+        }
+        super().build_from_config({"input_shape": config["input_shape"]})
+
+    def call(self, inputs, training=False, mask=None, **kwargs):
+        inputs = self._streams_dtype(inputs)
+        arguments = self._arguments(inputs, training, mask, kwargs)
         x1, x2 = self._split(inputs)
         received = _handoff_of(inputs, self._axis_of(inputs))
         for layers, recompute in self.runs():
-            if recompute and training:
-                result = self._run(layers, x1, x2, training, received)
+            if recompute and arguments.training:
+                result = self._run(layers, x1, x2, arguments, received)
                 x1, x2, received = result.y1, result.y2, result.handoff
             else:
                 for layer in layers:
-                    x1, x2 = layer.forward(x1, x2, training)
+                    x1, x2 = layer.forward(x1, x2, arguments)
                 received = None
         outputs = self._join(x1, x2, inputs)
         _record_handoff(outputs, self._axis_of(inputs), received)
         return outputs
 
-    def _run(self, layers, x1, x2, training, received):
-        variables = _Variables()
-        steps = [layer.step(variables, training) for layer in layers]
-        before = variables.values(variables.state)
-        result = coupling.run(
-            steps, x1, x2, variables.values(variables.weights), before, received
-        )
+    def _run(self, layers, x1, x2, arguments, received):
+        variables = pure.Variables()
+        steps = [layer.step(variables, arguments) for layer in layers]
+        if not self._checked >= {id(layer) for layer in layers}:
+            pure.refuse_stateful_operations(steps, variables, x1, x2)
+            self._checked.update(id(layer) for layer in layers)
+        weights, state = variables.values()
+        result = coupling.run(steps, x1, x2, weights, state, received)
         for variable, old, new in zip(
-            variables.state, before, result.state, strict=True
+            variables.state, state, result.state, strict=True
         ):
             if new is not old:
                 variable.assign(new)
@@ -84,6 +140,28 @@ class TwoStreamLayer(keras.layers.Layer):
     def get_config(self):
         return {**super().get_config(), "axis": self.axis, "recompute": self.recompute}
 
+    def _arguments(self, inputs, training, mask, extra):
+        branches = self.branches()
+        for name in extra:
+            if not any(pure.accepts(branch, name) for branch in branches):
+                raise TypeError(
+                    f"{self.name} got an unexpected argument {name!r}: the call of "
+                    "none of its branches names it."
+                )
+        masks = tuple(mask) if _is_pair(inputs) and mask is not None else (mask, mask)
+        return Arguments(_static_bool(training), masks, extra)
+
+    def _streams_dtype(self, inputs):
+        # Keras casts floating-point inputs only; integers would truncate the sums.
+        return tf.nest.map_structure(
+            lambda x: (
+                keras.ops.cast(x, self.compute_dtype)
+                if x.dtype != self.compute_dtype
+                else x
+            ),
+            inputs,
+        )
+
     def _axis_of(self, inputs):
         """Returns the axis as a non-negative number, `None` for a pair."""
         return None if _is_pair(inputs) else self.axis % len(inputs.shape)
@@ -95,13 +173,22 @@ class TwoStreamLayer(keras.layers.Layer):
 
     def _join(self, y1, y2, inputs):
         if _is_pair(inputs):
-            return type(inputs)((y1, y2))
+            return tf.nest.pack_sequence_as(inputs, [y1, y2])
         return tf.concat([y1, y2], self.axis)
 
     def shape_after(self, layer, shape):
         """Returns the shape to which `layer` maps a stream, and builds the layer."""
+        extra = {k: v for k, v in self._extra_specs.items() if pure.accepts(layer, k)}
         # A symbolic call also builds a subclassed layer that has no `build`.
-        output = layer(keras.KerasTensor(shape, self.compute_dtype))
+        x = keras.KerasTensor(shape, self.compute_dtype)
+        try:
+            output = layer(x, training=False, **extra)
+        except TypeError as error:
+            raise TypeError(
+                f"{layer.name} cannot be called on one stream of shape {shape}, as a "
+                f"branch has to be; give what else it needs to {self.name} by keyword. "
+                f"{error}"
+            ) from error
         if isinstance(output, keras.KerasTensor):
             return output.shape
         raise ValueError(
@@ -112,43 +199,53 @@ class TwoStreamLayer(keras.layers.Layer):
     def joined_shape(self, shape1, shape2, input_shape):
         """Returns the shape of the output for an input of shape `input_shape`."""
         if _is_pair(input_shape[0]):
-            return type(input_shape)((shape1, shape2))
+            return [shape1, shape2]
         shape = list(shape1)
         shape[self.axis] += shape2[self.axis]
         return tuple(shape)
 
     def stream_shapes(self, input_shape):
         """Returns the shapes of both streams; refuses what cannot be split."""
-        if isinstance(input_shape, dict) or (
-            input_shape and isinstance(input_shape[0], (list, tuple))
-        ):
-            if isinstance(input_shape, dict) or len(input_shape) != 2:
+        shapes = input_shape
+        if isinstance(shapes, tf.TensorShape):
+            shapes = tuple(shapes.as_list())
+        if not isinstance(shapes, (list, tuple)) or not shapes:
+            raise ValueError(
+                f"{self.name} takes one tensor or a pair (x1, x2); got {shapes!r}."
+            )
+        if any(isinstance(shape, (list, tuple)) for shape in shapes):
+            if len(shapes) != 2 or not all(
+                isinstance(shape, (list, tuple))
+                and not any(isinstance(size, (list, tuple)) for size in shape)
+                for shape in shapes
+            ):
                 raise ValueError(
-                    f"{self.name} takes one tensor or a pair (x1, x2); got "
-                    f"{type(input_shape).__name__} of {len(input_shape)} shapes."
+                    f"{self.name} takes one tensor or a pair (x1, x2); got inputs of "
+                    f"the shapes {shapes!r}."
                 )
-            return tuple(input_shape[0]), tuple(input_shape[1])
-        rank = len(input_shape)
+            return tuple(shapes[0]), tuple(shapes[1])
+        rank = len(shapes)
         if not -rank <= self.axis < rank or self.axis % rank == 0:
             raise ValueError(
                 f"axis={self.axis} is not an axis that an input of shape "
-                f"{tuple(input_shape)} can be split on; use one from 1 to {rank - 1}, "
+                f"{tuple(shapes)} can be split on; use one from 1 to {rank - 1}, "
                 "or a negative one (axis 0 is the batch)."
             )
-        size = input_shape[self.axis]
-        if size is None or size % 2 or size == 0:
+        size = shapes[self.axis]
+        if not size or size % 2:
+            entries = "an unknown number of" if size is None else size
             raise ValueError(
-                f"An input of shape {tuple(input_shape)} has {size} entries on "
+                f"An input of shape {tuple(shapes)} has {entries} entries on "
                 f"axis={self.axis}, which cannot be split into two equal streams; use "
                 "an even number, or call the layer on a pair (x1, x2)."
             )
-        shape = list(input_shape)
+        shape = list(shapes)
         shape[self.axis] = size // 2
         return tuple(shape), tuple(shape)
 
 
 class _ReversibleLayer(TwoStreamLayer):
-    def inverse(self, outputs, training=False):
+    def inverse(self, outputs, training=False, mask=None, **kwargs):
         """Returns the input that the layer maps to `outputs`; updates no state.
 
         Args:
@@ -156,6 +253,7 @@ class _ReversibleLayer(TwoStreamLayer):
             training: passed to the branches. With `True`, batch statistics are those
                 of the given batch, and what draws random numbers (dropout) draws other
                 ones than the forward pass did: such a pass cannot be inverted.
+            mask, **kwargs: as the layer was called with.
 
         Returns:
             A tensor or pair like `outputs`, in the dtype of the streams.
@@ -165,16 +263,13 @@ class _ReversibleLayer(TwoStreamLayer):
         outputs = tf.nest.map_structure(
             lambda y: keras.ops.convert_to_tensor(y, self.compute_dtype), outputs
         )
-        variables = _Variables()
+        self.stream_shapes(tf.nest.map_structure(lambda y: tuple(y.shape), outputs))
+        arguments = self._arguments(outputs, training, mask, kwargs)
+        variables = pure.Variables()
         steps = [
-            layer.step(variables, training) for run, _ in self.runs() for layer in run
+            layer.step(variables, arguments) for run, _ in self.runs() for layer in run
         ]
-        streams = coupling.inverse(
-            steps,
-            *self._split(outputs),
-            variables.values(variables.weights),
-            variables.values(variables.state),
-        )
+        streams = coupling.inverse(steps, *self._split(outputs), *variables.values())
         return self._join(*streams, outputs)
 
 
@@ -233,6 +328,7 @@ class RevBlock(_ReversibleLayer):
                 raise ValueError(f"{name}={branch!r} must be a Keras layer or model.")
         self.f = f
         self.g = g
+        self.supports_masking = f.supports_masking and g.supports_masking
 
     def build_streams(self, shape1, shape2):
         self._build_branch("f", shape2, shape1)
@@ -251,19 +347,22 @@ class RevBlock(_ReversibleLayer):
                 "shapes agree."
             )
 
-    def forward(self, x1, x2, training):
-        y1 = x1 + tf.cast(self.f(x2, training=training), x1.dtype)
-        y2 = x2 + tf.cast(self.g(y1, training=training), x2.dtype)
-        return y1, y2
+    def forward(self, x1, x2, arguments):
+        fx = self.f(x2, training=arguments.training, **arguments.of(self.f, 1))
+        y1 = coupling.add(x1, tf.cast(fx, x1.dtype))
+        gy = self.g(y1, training=arguments.training, **arguments.of(self.g, 0))
+        return y1, coupling.add(x2, tf.cast(gy, x2.dtype))
 
-    def step(self, variables, training):
-        def branch(layer):
-            def call(x):
-                return [tf.cast(layer(x, training=training), x.dtype)]
+    def step(self, variables, arguments):
+        def branch(layer, stream):
+            def call(x, **named):
+                return [
+                    tf.cast(layer(x, training=arguments.training, **named), x.dtype)
+                ]
 
-            return variables.branch(layer, call)
+            return variables.branch(layer, call, arguments.of(layer, stream))
 
-        return coupling.Coupling(branch(self.f), branch(self.g))
+        return coupling.Coupling(branch(self.f, 1), branch(self.g, 0))
 
     def get_config(self):
         # The layers themselves: Keras serializes them, and notices shared ones.
@@ -296,14 +395,14 @@ class RevSequence(_ReversibleLayer):
         Gomez et al., 2017, section 3.2, https://arxiv.org/abs/1707.04585
     """
 
-    def __init__(self, blocks, *, recompute=True, **kwargs):
+    def __init__(self, blocks, *, recompute=True, dtype=None, **kwargs):
         flat = []
         for block in blocks:
             if isinstance(block, RevSequence):
+                for inner in block.blocks:
+                    inner.recompute = inner.recompute and block.recompute
+                    inner.trainable = inner.trainable and block.trainable
                 flat += block.blocks
-                if not block.recompute:
-                    for inner in block.blocks:
-                        inner.recompute = False
             elif isinstance(block, RevBlock):
                 flat.append(block)
             else:
@@ -313,20 +412,34 @@ class RevSequence(_ReversibleLayer):
                 )
         if not flat:
             raise ValueError("blocks is empty; give at least one RevBlock.")
-        axes = {block.axis for block in flat}
-        if len(axes) > 1:
+        axis = _common(flat, "axis")
+        stream_dtype = _common(flat, "compute_dtype")
+        if dtype is not None:
+            dtype = keras.dtype_policies.get(dtype).variable_dtype
+            if dtype != stream_dtype:
+                raise ValueError(
+                    f"dtype={dtype} is not that of the blocks, {stream_dtype}; give it "
+                    "to the blocks, a sequence takes it from them."
+                )
+        if any(block.activity_regularizer is not None for block in flat):
             raise ValueError(
-                f"blocks have different axes, {sorted(axes)}; give all the same axis."
+                "A block of a sequence has no activity that is kept, so its "
+                "activity_regularizer would do nothing; give it to f or g."
             )
-        super().__init__(axis=axes.pop(), recompute=recompute, **kwargs)
+        super().__init__(axis=axis, recompute=recompute, dtype=stream_dtype, **kwargs)
+        self.supports_masking = all(block.supports_masking for block in flat)
         self.blocks = flat
         for i, block in enumerate(flat):
             # `tf.train.Checkpoint` looks for layers in attributes, but not in lists.
             setattr(self, f"block{i + 1}", block)
 
+    def branches(self):
+        return [branch for block in self.blocks for branch in (block.f, block.g)]
+
     def build_streams(self, shape1, shape2):
         for block in self.blocks:
             if not block.built:
+                block._extra_specs = self._extra_specs
                 block.build((shape1, shape2))
 
     def runs(self):
@@ -349,68 +462,14 @@ class RevSequence(_ReversibleLayer):
         return cls(**restore_layers(config, ("blocks",)))
 
 
-class _Variables:
-    """The variables of all branches of a run, each once."""
-
-    def __init__(self):
-        self.weights = []
-        self.state = []
-
-    def branch(self, owner, call):
-        """Returns a function that uses the variables of a layer as a pure branch.
-
-        Args:
-            owner: the layer.
-            call: function of tensors that returns a list of tensors.
-        """
-        weights, state = owner.trainable_variables, owner.non_trainable_variables
-
-        def function(weight_values, state_values, *inputs):
-            given = [*weight_values, *state_values]
-            own = [*weights, *state]
-            with keras.StatelessScope(
-                state_mapping=zip(own, given, strict=True), collect_losses=True
-            ) as scope:
-                outputs = call(*inputs)
-            _refuse_side_effects(owner, weights, weight_values, own, scope)
-            new_state = [scope.get_current_value(v) for v in state]
-            return outputs, new_state, scope.losses
-
-        return coupling.Branch(
-            function, _positions(weights, self.weights), _positions(state, self.state)
-        )
-
-    @staticmethod
-    def values(variables):
-        return [tf.convert_to_tensor(v.value) for v in variables]
-
-
-def _positions(variables, among):
-    """Returns where `variables` stand in the list `among`; appends missing ones."""
-    known = {id(v): i for i, v in enumerate(among)}
-    for v in variables:
-        if id(v) not in known:
-            known[id(v)] = len(among)
-            among.append(v)
-    return [known[id(v)] for v in variables]
-
-
-def _refuse_side_effects(owner, weights, weight_values, own, scope):
-    """Refuses what the recomputation could not repeat."""
-    for variable, value in zip(weights, weight_values, strict=True):
-        if scope.get_current_value(variable) is not value:
-            raise ValueError(
-                f"{owner.name} assigns its own trainable weight {variable.path} when "
-                "it is called, which the recomputation cannot follow; set "
-                "`recompute=False` on the block."
-            )
-    if len(scope.state_mapping) > len(own):
+def _common(blocks, name):
+    """Returns what all blocks have as attribute `name`."""
+    values = {getattr(block, name) for block in blocks}
+    if len(values) > 1:
         raise ValueError(
-            f"{owner.name} changes the state of a variable that does not belong to it, "
-            "as a random operation without a seed generator of its own does; create a "
-            "`keras.random.SeedGenerator` in the layer and pass it as `seed`, or set "
-            "`recompute=False` on the block."
+            f"blocks differ in {name}, {sorted(values)}; give all the same."
         )
+    return values.pop()
 
 
 def restore_layers(config, names, memo=None):
@@ -435,6 +494,29 @@ def restore_layers(config, names, memo=None):
         return memo[id(value)]
 
     return {**config, **{name: restore(config[name]) for name in names}}
+
+
+def _specs(arguments):
+    """Returns the symbolic tensors that stand for the tensors among `arguments`."""
+    return {
+        name: keras.KerasTensor(
+            value.shape, keras.backend.standardize_dtype(value.dtype)
+        )
+        for name, value in arguments.items()
+        if name not in ("inputs", "training", "mask")
+        and hasattr(value, "shape")
+        and hasattr(value, "dtype")
+    }
+
+
+def _static_bool(training):
+    if tf.is_tensor(training):
+        training = tf.get_static_value(training)
+    if training is None or not hasattr(training, "__bool__"):
+        raise ValueError(
+            "training must be known when the model is traced; pass a Python bool."
+        )
+    return bool(training)
 
 
 def _is_pair(inputs):

@@ -68,7 +68,8 @@ def loss_and_gradients(layer, x):
             loss += tf.cast(extra, loss.dtype)
     weights = [v.value for v in layer.trainable_variables]
     gradients = tape.gradient(loss, [*tf.nest.flatten(x), *weights])
-    return [loss, *gradients]
+    # (that of a lookup is sparse)
+    return [loss, *(d if d is None else tf.convert_to_tensor(d) for d in gradients)]
 
 
 def assert_close(got, expected, rtol, atol):

@@ -152,7 +152,7 @@ def test_branch_must_be_a_layer():
 def test_sequence_refuses_what_it_cannot_apply():
     with pytest.raises(ValueError, match="empty"):
         RevSequence([])
-    with pytest.raises(ValueError, match="different axes"):
+    with pytest.raises(ValueError, match="differ in axis"):
         RevSequence([dense_block(axis=1), dense_block(axis=2)])
     with pytest.raises(ValueError, match="must be a RevBlock"):
         RevSequence([layers.Dense(3)])

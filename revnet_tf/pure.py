@@ -1,0 +1,185 @@
+"""Keras layers as pure functions of their variables, for `coupling.run`.
+
+A layer is called under a `keras.StatelessScope` that gives it the values of its
+variables and collects their new values: it can then be called again, with the values
+from before, and does the same. What a layer does beside that cannot be repeated, and is
+refused rather than silently done twice or not differentiated.
+"""
+
+import inspect
+import re
+
+import keras
+import tensorflow as tf
+
+from revnet_tf import coupling
+
+
+class Variables:
+    """The variables of all branches of a run, each once; `weights` have gradients.
+
+    Among the weights are also floating-point tensors that branches are called with.
+    """
+
+    def __init__(self):
+        self.weights = []
+        self.state = []
+
+    def branch(self, owner, call, arguments=None):
+        """Returns a function that uses the variables of a layer as a pure branch.
+
+        Args:
+            owner: the layer.
+            call: `call(*inputs, **arguments)` returns a list of tensors.
+            arguments: nested structure of further arguments, as `call` takes them.
+        """
+        weights, state = owner.trainable_variables, owner.non_trainable_variables
+        own = {id(v): v for v in (*weights, *state)}
+        flat = tf.nest.flatten(arguments or {})
+        where = [i for i, value in enumerate(flat) if _is_differentiable(value)]
+
+        def function(values, state_values, *inputs):
+            given = dict(
+                zip(own, (*values[: len(weights)], *state_values), strict=True)
+            )
+            filled = list(flat)
+            for i, value in zip(where, values[len(weights) :], strict=True):
+                filled[i] = value
+            packed = tf.nest.pack_sequence_as(arguments or {}, filled)
+            scope = _Scope(owner, own, given)
+            with scope:
+                outputs = call(*inputs, **packed)
+            read = [scope.was_read(v) for v in weights] + [False] * len(where)
+            return outputs, [scope.new_value(v) for v in state], scope.losses, read
+
+        return coupling.Branch(
+            function,
+            _positions([*weights, *(flat[i] for i in where)], self.weights),
+            _positions(state, self.state),
+            owner.name,
+        )
+
+    def values(self):
+        """Returns the present values of the weights and of the state, as tensors."""
+        return [
+            [
+                tf.convert_to_tensor(v.value if isinstance(v, keras.Variable) else v)
+                for v in variables
+            ]
+            for variables in (self.weights, self.state)
+        ]
+
+
+def refuse_stateful_operations(steps, variables, x1, x2):
+    """Traces the steps once and raises `ValueError` for what a graph would do twice."""
+
+    @tf.function(autograph=False)
+    def forward(h1, h2, weights, state):
+        for step in steps:
+            h1, h2, state, _, _ = step.forward(h1, h2, weights, state)
+        return h1, h2
+
+    specs = tf.nest.map_structure(
+        lambda t: tf.TensorSpec(t.shape, t.dtype), (x1, x2, *variables.values())
+    )
+    graph = forward.get_concrete_function(*specs).graph.as_graph_def()
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    found = sorted({node.op for node in nodes if _STATEFUL.match(node.op)})
+    if found:
+        raise ValueError(
+            f"A branch uses {', '.join(found)}, which the recomputation would do a "
+            "second time, with another result: draw random numbers with "
+            "`keras.random` and a `keras.random.SeedGenerator` of the layer, keep "
+            "state in the layer's own variables (`add_weight`), or set "
+            "`recompute=False` on the block."
+        )
+
+
+_STATEFUL = re.compile(
+    "(?!Stateless|RandomIndexShuffle)"
+    ".*(Random|Multinomial|TruncatedNormal|Rng|Assign|ResourceScatter|"
+    "Stateful(?!PartitionedCall))"
+)
+
+
+def accepts(layer, name):
+    """Whether the `call` of a layer takes an argument of that name."""
+    parameters = inspect.signature(layer.call).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+class _Scope(keras.StatelessScope):
+    """Gives a layer its values, collects new ones, and refuses what is not pure."""
+
+    def __init__(self, owner, own, given):
+        super().__init__(collect_losses=True)
+        self._owner = owner
+        self._own = own
+        self.state_mapping.update(given)
+        self._read = set()
+        self._graph = _current_graph()
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is not None:
+            self._read.add(id(variable))
+            graph = _current_graph()
+            # Bodies of `tf.cond` and `tf.while_loop` have graphs of other types.
+            if graph is not self._graph and type(graph).__name__ == "FuncGraph":
+                raise ValueError(
+                    f"{self._owner.name} reads its variable {variable.path} inside a "
+                    "`tf.function`, which would go on using the value that it saw "
+                    "first; remove the decorator (the training step is a graph as it "
+                    "is), or set `recompute=False` on the block."
+                )
+        return value
+
+    def add_update(self, update):
+        variable, value = update
+        if id(variable) not in self._own:
+            raise ValueError(
+                f"{self._owner.name} changes {variable.path}, a variable that does not "
+                "belong to it (what draws random numbers without a seed generator of "
+                "its own changes Keras's global one). Create it in the layer, as "
+                "`keras.random.SeedGenerator` or with `add_weight`, or set "
+                "`recompute=False` on the block."
+            )
+        if variable.trainable and self._own[id(variable)] in (
+            self._owner.trainable_variables
+        ):
+            raise ValueError(
+                f"{self._owner.name} assigns its own trainable weight {variable.path} "
+                "when it is called, which the recomputation cannot follow; set "
+                "`recompute=False` on the block."
+            )
+        if _current_graph() is not self._graph:
+            raise ValueError(
+                f"{self._owner.name} changes its variable {variable.path} inside "
+                "`tf.cond`, `tf.while_loop` or `tf.function`, from where the new value "
+                "cannot leave; set `recompute=False` on the block."
+            )
+        super().add_update(update)
+
+    def was_read(self, variable):
+        return id(variable) in self._read
+
+    def new_value(self, variable):
+        return self.state_mapping[id(variable)]
+
+
+def _current_graph():
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _is_differentiable(value):
+    return tf.is_tensor(value) and value.dtype.is_floating
+
+
+def _positions(values, among):
+    """Returns where `values` stand in the list `among`; appends missing ones."""
+    known = {id(v): i for i, v in enumerate(among)}
+    for v in values:
+        if id(v) not in known:
+            known[id(v)] = len(among)
+            among.append(v)
+    return [known[id(v)] for v in values]
