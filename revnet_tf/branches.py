@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import coupling
-from revnet_tf.layers import TwoStreamLayer, restore_layers
+from revnet_tf.streams import TwoStreamLayer
 
 
 def batch_norm(**kwargs):
@@ -132,7 +132,7 @@ class DownsamplingBlock(TwoStreamLayer):
         Gomez et al., 2017, section 3.2, https://arxiv.org/abs/1707.04585
     """
 
-    _LAYERS = ("f", "g", "shortcut1", "shortcut2")
+    LAYERS = ("f", "g", "shortcut1", "shortcut2")
 
     def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
         super().__init__(**kwargs)
@@ -172,11 +172,3 @@ class DownsamplingBlock(TwoStreamLayer):
         shape1 = self.shape_after(self.shortcut1, shape1)
         shape2 = self.shape_after(self.shortcut2, shape2)
         return self.joined_shape(shape1, shape2, input_shape)
-
-    def get_config(self):
-        layers = {name: getattr(self, name) for name in self._LAYERS}
-        return {**super().get_config(), **layers}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**restore_layers(config, cls._LAYERS))
