@@ -42,6 +42,7 @@ class Parts(NamedTuple):
             kernel_size,
             strides,
             padding="same",
+            data_format="channels_last",
             use_bias=False,
             kernel_initializer=keras.initializers.TruncatedNormal(stddev=stddev),
             kernel_regularizer=self.kernel_regularizer,
@@ -109,6 +110,11 @@ class PoolingShortcut(keras.layers.Layer):
         if extra:
             x = tf.pad(x, [[0, 0]] * 3 + [[extra // 2, extra - extra // 2]])
         return x
+
+    def compute_output_shape(self, input_shape):
+        batch_size, *sizes, _ = input_shape
+        sizes = (size and size // self.strides for size in sizes)
+        return batch_size, *sizes, self.filters
 
     def get_config(self):
         config = {"filters": self.filters, "strides": self.strides}

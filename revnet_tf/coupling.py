@@ -67,11 +67,11 @@ class Coupling(NamedTuple):
     g: Branch
 
     def forward(self, x1, x2, weights, state):
-        (fx,), after_f, f_losses, _ = self.f(weights, state, x2)
+        (fx,), after_f, f_losses, f_read = self.f(weights, state, x2)
         y1 = add(x1, fx)
-        (gy,), after_g, g_losses, _ = self.g(weights, after_f, y1)
+        (gy,), after_g, g_losses, g_read = self.g(weights, after_f, y1)
         y2 = add(x2, gy)
-        kept = state, after_f, len(f_losses)
+        kept = (state, f_read), (after_f, g_read), len(f_losses)
         return y1, y2, after_g, [*f_losses, *g_losses], kept
 
     def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
@@ -94,13 +94,13 @@ class Checkpoint(NamedTuple):
     block: Branch
 
     def forward(self, x1, x2, weights, state):
-        (y1, y2), after, losses, _ = self.block(weights, state, x1, x2)
-        return y1, y2, after, losses, (x1, x2, state)
+        (y1, y2), after, losses, read = self.block(weights, state, x1, x2)
+        return y1, y2, after, losses, (x1, x2, (state, read))
 
     def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
-        x1, x2, state = kept
+        x1, x2, before = kept
         _, (d1, d2) = _vjp(
-            self.block, weights, state, [x1, x2], [d1, d2], d_losses, [], accumulate
+            self.block, weights, before, [x1, x2], [d1, d2], d_losses, [], accumulate
         )
         return x1, x2, d1, d2
 
@@ -227,12 +227,14 @@ def add(x, y):
     return tf.add_n([x, y])
 
 
-def _vjp(branch, weights, state, inputs, d_outputs, d_losses, after, accumulate):
+def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, accumulate):
     """Evaluates a branch once more and differentiates it.
 
-    The evaluation waits for `after` and `d_outputs`. Gradients for the weights go to
+    `before` is the state before the first evaluation, and what that has read. The
+    evaluation waits for `after` and `d_outputs`. Gradients for the weights go to
     `accumulate`; the outputs and the gradients for the inputs are returned.
     """
+    state, first_read = before
     with tf.control_dependencies([*after, *d_outputs]):
         inputs = [tf.identity(x) for x in inputs]
     own = [weights[i] for i in branch.weights]
@@ -244,6 +246,13 @@ def _vjp(branch, weights, state, inputs, d_outputs, d_losses, after, accumulate)
         [*inputs, *own],
         output_gradients=[*d_outputs, *d_losses],
     )
+    if read != first_read:
+        raise ValueError(
+            f"{branch.name} reads its weights when it is called first, and not when it "
+            "is called again, as a `tf.function` does, which goes on using the value "
+            "that it saw first; remove the decorator (the training step is a graph as "
+            "it is), or set `recompute=False` on the block."
+        )
     if any(
         was_read and gradient is None
         for was_read, gradient in zip(read, gradients[len(inputs) :], strict=True)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -63,7 +64,10 @@ def export_saved_model(model, path, *, class_names=None):
     archive.add_endpoint("serving_default", serve, input_signature=[spec])
     try:
         archive.write_out(partial, verbose=False)
-        _check(model, partial, spec)
+        # In another thread, which no `strategy.scope()` is open in: under one, what is
+        # loaded would be distributed.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_check, model, partial, spec).result()
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

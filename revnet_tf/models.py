@@ -228,9 +228,9 @@ def _network(
     x = branches.batch_norm(name="final_bn")(x)
     x = keras.layers.ReLU(name="final_relu")(x)
     if include_top or pooling == "avg":
-        x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
+        x = keras.layers.GlobalAveragePooling2D("channels_last", name="avg_pool")(x)
     elif pooling == "max":
-        x = keras.layers.GlobalMaxPooling2D(name="max_pool")(x)
+        x = keras.layers.GlobalMaxPooling2D("channels_last", name="max_pool")(x)
     if include_top:
         x = keras.layers.Dense(
             classes,

@@ -6,6 +6,7 @@ from before, and does the same. What a layer does beside that cannot be repeated
 refused rather than silently done twice or not differentiated.
 """
 
+import contextlib
 import inspect
 import re
 
@@ -70,22 +71,27 @@ class Variables:
         ]
 
 
-def refuse_stateful_operations(steps, variables, x1, x2):
-    """Traces the steps once and raises `ValueError` for what a graph would do twice."""
+@contextlib.contextmanager
+def repeatable_operations():
+    """Refuses what is added to a graph meanwhile and would be done twice.
 
-    @tf.function(autograph=False)
-    def forward(h1, h2, weights, state):
-        for step in steps:
-            h1, h2, state, _, _ = step.forward(h1, h2, weights, state)
-        return h1, h2
-
-    specs = tf.nest.map_structure(
-        lambda t: tf.TensorSpec(t.shape, t.dtype), (x1, x2, *variables.values())
-    )
-    graph = forward.get_concrete_function(*specs).graph.as_graph_def()
-    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-    found = sorted({node.op for node in nodes if _STATEFUL.match(node.op)})
-    if found:
+    Raises:
+        ValueError: naming the operations.
+    """
+    if tf.executing_eagerly():
+        yield
+        return
+    graph = tf.compat.v1.get_default_graph()
+    # The replicas of a strategy take turns at one graph, in name scopes of their own.
+    scope = tf.get_current_name_scope()
+    first = len(graph.get_operations())
+    yield
+    added = [op for op in graph.get_operations()[first:] if op.name.startswith(scope)]
+    kinds = {op.type for op in added}
+    if kinds & {"PartitionedCall", "StatefulPartitionedCall", "If", "While"}:
+        library = graph.as_graph_def().library.function
+        kinds.update(node.op for function in library for node in function.node_def)
+    if found := sorted(kind for kind in kinds if _STATEFUL.match(kind)):
         raise ValueError(
             f"A branch uses {', '.join(found)}, which the recomputation would do a "
             "second time, with another result: draw random numbers with "
@@ -93,6 +99,22 @@ def refuse_stateful_operations(steps, variables, x1, x2):
             "state in the layer's own variables (`add_weight`), or set "
             "`recompute=False` on the block."
         )
+
+
+def trace(steps, variables, x1, x2):
+    """Traces the steps, which have run in eager mode, under `repeatable_operations`."""
+
+    @tf.function(autograph=False)
+    def forward(h1, h2, weights, state):
+        with repeatable_operations():
+            for step in steps:
+                h1, h2, state, _, _ = step.forward(h1, h2, weights, state)
+        return h1, h2
+
+    specs = tf.nest.map_structure(
+        lambda t: tf.TensorSpec(t.shape, t.dtype), (x1, x2, *variables.values())
+    )
+    forward.get_concrete_function(*specs)
 
 
 _STATEFUL = re.compile(
@@ -123,15 +145,6 @@ class _Scope(keras.StatelessScope):
         value = super().get_current_value(variable)
         if value is not None:
             self._read.add(id(variable))
-            graph = _current_graph()
-            # Bodies of `tf.cond` and `tf.while_loop` have graphs of other types.
-            if graph is not self._graph and type(graph).__name__ == "FuncGraph":
-                raise ValueError(
-                    f"{self._owner.name} reads its variable {variable.path} inside a "
-                    "`tf.function`, which would go on using the value that it saw "
-                    "first; remove the decorator (the training step is a graph as it "
-                    "is), or set `recompute=False` on the block."
-                )
         return value
 
     def add_update(self, update):

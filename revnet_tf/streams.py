@@ -65,7 +65,7 @@ class TwoStreamLayer(keras.layers.Layer):
         self.axis = axis
         self.recompute = recompute
         self._extra_specs = {}
-        self._checked = set()
+        self._traced = set()
 
     def branches(self):
         return [self.f, self.g]
@@ -128,11 +128,10 @@ class TwoStreamLayer(keras.layers.Layer):
     def _run(self, layers, x1, x2, arguments, received):
         variables = pure.Variables()
         steps = [layer.step(variables, arguments) for layer in layers]
-        if not self._checked >= {id(layer) for layer in layers}:
-            pure.refuse_stateful_operations(steps, variables, x1, x2)
-            self._checked.update(id(layer) for layer in layers)
         weights, state = variables.values()
-        result = coupling.run(steps, x1, x2, weights, state, received)
+        with pure.repeatable_operations():
+            result = coupling.run(steps, x1, x2, weights, state, received)
+        self._trace_once(layers, steps, variables, x1, x2)
         for variable, old, new in zip(
             variables.state, state, result.state, strict=True
         ):
@@ -141,6 +140,18 @@ class TwoStreamLayer(keras.layers.Layer):
         for loss in result.losses:
             self.add_loss(loss)
         return result
+
+    def _trace_once(self, layers, steps, variables, x1, x2):
+        # Eager mode shows what operations a branch is made of in a graph only.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if tf.executing_eagerly() and replicas == 1:
+            if not self._traced >= {id(layer) for layer in layers}:
+                pure.trace(steps, variables, x1, x2)
+                self._traced.update(id(layer) for layer in layers)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # In a `keras.RematScope`: the layer recomputes already.
+        return layer_call
 
     def compute_output_shape(self, input_shape):
         return input_shape
