@@ -27,7 +27,18 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+        self.fail(2, message)
+
+    def fail(self, status, message):
+        """Ends the program with one line on stderr."""
+        self.exit(status, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def io_errors():
+    """Returns what a full or read-only disk raises, TensorFlow's own error too."""
+    import tensorflow as tf  # not before it is needed: it takes seconds to load
+
+    return OSError, tf.errors.OpError
 
 
 def one_of(options):

@@ -145,6 +145,11 @@ def _digits():
 def _tfds(name, data_dir):
     import tensorflow_datasets as tfds
 
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(
+            f"data_dir={data_dir} is no folder; make it, or give the one in which "
+            f"{name} lies, or is to be downloaded to."
+        )
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     builder = tfds.builder_cls(name)(data_dir=data_dir)
     if not (Path(builder.data_dir) / "dataset_info.json").is_file():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from training import runs
-from training.command import Parser
+from training.command import Parser, io_errors
 
 
 def export(run_dir, output, class_names):
@@ -32,9 +32,12 @@ def main(argv=None):
         output = args.output or next_version(args.run_dir / "export")
         if output.exists():
             raise FileExistsError(f"output={output} exists; give another --output.")
-        export(args.run_dir, output, result["class_names"])
     except (ValueError, OSError) as error:
         parser.error(error)
+    try:
+        export(args.run_dir, output, result["class_names"])
+    except io_errors() as error:
+        parser.fail(1, error)
     print(output)
 
 

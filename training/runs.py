@@ -28,7 +28,16 @@ def describe(name, recipe):
 
 def check_free(run_dir, description):
     """Raises `FileExistsError` unless this run may begin or go on in `run_dir`."""
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    existing = next(
+        p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists()
+    )
+    if not existing.is_dir():
+        raise FileExistsError(f"{existing} is a file; give another --run-dir.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(
+            f"{existing} cannot be written to; give another --run-dir."
+        )
+    if not run_dir.exists() or not any(run_dir.iterdir()):
         return
     if not (run_dir / "recipe.json").is_file():
         raise FileExistsError(

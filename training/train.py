@@ -10,7 +10,7 @@ import sys
 import typing
 from pathlib import Path
 
-from training import runs
+from training import command, runs
 from training.command import Parser, one_of
 from training.recipes import DATASETS, RECIPES, Recipe
 
@@ -49,15 +49,20 @@ def main(argv=None):
         f"steps, {strategy.num_replicas_in_sync} replica(s), in {run_dir}",
         flush=True,
     )
+    go_on = f"the same command goes on from the last checkpoint in {run_dir}"
     try:
         with strategy.scope():
             rows = fit.fit(network, recipe, images, run_dir)
             serving = fit.serving_model(network, images)
             with runs.written_whole(run_dir / "model.keras") as part:
                 serving.save(part)
+        finish(run_dir, name, recipe, network, images, rows)
     except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    finish(run_dir, name, recipe, network, images, rows)
+        parser.fail(1, error)
+    except command.io_errors() as error:
+        parser.fail(1, f"{error}; when that is mended, {go_on}")
+    except KeyboardInterrupt:
+        parser.fail(130, f"interrupted; {go_on}")
 
 
 def finish(run_dir, name, recipe, network, images, rows):

@@ -297,6 +297,42 @@ def test_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    "error, status, hint",
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (tf.errors.UnknownError(None, None, "read-only"), 1, "read-only; when that is"),
+    ],
+)
+def test_run_that_is_stopped_says_how_it_goes_on(
+    error, status, hint, tmp_path, capsys, monkeypatch
+):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(fit, "fit", stop)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(tmp_path))
+    assert exit_.value.code == status
+    err = capsys.readouterr().err
+    assert hint in err and "goes on from the last checkpoint" in err
+    assert err.count("\n") == 1
+
+
+def test_run_dir_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "is a file; give another" in refusal(capsys, train, *command(run_dir))
+
+
+def test_data_dir_that_is_no_folder_is_refused(tmp_path, capsys):
+    flags = ["--recipe", "cifar10_revnet38", "--data-dir", tmp_path / "none"]
+    line = refusal(capsys, train, "--run-dir", tmp_path / "run", *flags)
+    assert "is no folder" in line
+    assert not (tmp_path / "none").exists()
+
+
 def test_evaluate_repeats_the_recorded_score(finished_run, capsys):
     evaluate.main([str(finished_run)])
     accuracy, loss = capsys.readouterr().out.splitlines()
