@@ -21,6 +21,14 @@ def fresh_keras():
     keras.backend.clear_session()
 
 
+@pytest.fixture(scope="session")
+def two_replicas():
+    """A mirrored strategy; several in one process would abort TensorFlow."""
+    return tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
 def _graph(function):
     return tf.function(function, autograph=False)
 

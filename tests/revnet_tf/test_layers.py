@@ -378,7 +378,7 @@ def test_weights_are_visible_once_each_before_any_data():
     assert model.count_params() == 4 * (4 * 4 + 4)
 
 
-def test_mirrored_replicas_train_like_one_device():
+def test_mirrored_replicas_train_like_one_device(two_replicas):
     # No batch statistics here: two replicas of half the batch do what one device does.
     def make():
         x = keras.Input((8,))
@@ -388,11 +388,7 @@ def test_mirrored_replicas_train_like_one_device():
         return model
 
     weights = []
-    devices = [
-        d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()
-    ]
-    strategy = tf.distribute.MirroredStrategy(devices[:2])
-    for scope in (strategy, tf.distribute.get_strategy()):
+    for scope in (two_replicas, tf.distribute.get_strategy()):
         keras.utils.set_random_seed(2)
         with scope.scope():
             model = make()
