@@ -35,7 +35,7 @@ class Variables:
             arguments: nested structure of further arguments, as `call` takes them.
         """
         weights, state = owner.trainable_variables, owner.non_trainable_variables
-        own = {id(v): v for v in (*weights, *state)}
+        own = [id(v) for v in (*weights, *state)]
         flat = tf.nest.flatten(arguments or {})
         where = [i for i, value in enumerate(flat) if _is_differentiable(value)]
 
@@ -47,7 +47,7 @@ class Variables:
             for i, value in zip(where, values[len(weights) :], strict=True):
                 filled[i] = value
             packed = tf.nest.pack_sequence_as(arguments or {}, filled)
-            scope = _Scope(owner, own, given)
+            scope = _Scope(owner, given, weights)
             with scope:
                 outputs = call(*inputs, **packed)
             read = [scope.was_read(v) for v in weights] + [False] * len(where)
@@ -133,11 +133,11 @@ def accepts(layer, name):
 class _Scope(keras.StatelessScope):
     """Gives a layer its values, collects new ones, and refuses what is not pure."""
 
-    def __init__(self, owner, own, given):
+    def __init__(self, owner, given, weights):
         super().__init__(collect_losses=True)
-        self._owner = owner
-        self._own = own
         self.state_mapping.update(given)
+        self._owner = owner
+        self._weights = {id(v) for v in weights}
         self._read = set()
         self._graph = _current_graph()
 
@@ -149,7 +149,7 @@ class _Scope(keras.StatelessScope):
 
     def add_update(self, update):
         variable, value = update
-        if id(variable) not in self._own:
+        if id(variable) not in self.state_mapping:
             raise ValueError(
                 f"{self._owner.name} changes {variable.path}, a variable that does not "
                 "belong to it (what draws random numbers without a seed generator of "
@@ -157,9 +157,7 @@ class _Scope(keras.StatelessScope):
                 "`keras.random.SeedGenerator` or with `add_weight`, or set "
                 "`recompute=False` on the block."
             )
-        if variable.trainable and self._own[id(variable)] in (
-            self._owner.trainable_variables
-        ):
+        if id(variable) in self._weights:
             raise ValueError(
                 f"{self._owner.name} assigns its own trainable weight {variable.path} "
                 "when it is called, which the recomputation cannot follow; set "

@@ -21,6 +21,18 @@ class AssignsItsWeight(layers.Layer):
         return x * self.w
 
 
+class AssignsItsSecondWeight(layers.Layer):
+    """Of another shape than the first, with which it cannot be compared."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], input_shape[-1]))
+        self.bias = self.add_weight(shape=(input_shape[-1],))
+
+    def call(self, x):
+        self.bias.assign(self.bias * 0.5)
+        return x @ self.kernel + self.bias
+
+
 class DrawsFromTheGlobalSeed(layers.Layer):
     def call(self, x):
         return x + keras.random.normal((4,))
@@ -111,6 +123,7 @@ class ChangesStateInCond(layers.Layer):
 
 REFUSED = [
     (AssignsItsWeight, "assigns its own trainable weight"),
+    (AssignsItsSecondWeight, "assigns its own trainable weight"),
     (lambda: layers.SpectralNormalization(layers.Dense(4)), "assigns its own"),
     (DrawsFromTheGlobalSeed, "SeedGenerator"),
     (ForeignLayer, "do not belong"),
