@@ -9,13 +9,13 @@ import os
 import pathlib
 import subprocess
 import sys
-import weakref
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from twins import (
+    Recorder,
     assert_close,
     assert_same_state,
     images,
@@ -409,23 +409,6 @@ def test_b05_resident_memory_is_flat_after_warming_up():
     # One pair of streams kept for each step would be 256 KiB, 37 MiB in 150 steps.
     first, last = resident_after(50), resident_after(150)
     assert last - first < 8 * 1024
-
-
-class Recorder(layers.Layer):
-    """Keeps weak references to what it returns."""
-
-    def __init__(self, made, **kwargs):
-        super().__init__(**kwargs)
-        self.record = made.append
-
-    def call(self, x):
-        y = tf.tanh(x)
-        if not isinstance(x, keras.KerasTensor):
-            self.record(weakref.ref(y))
-        return y
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
 
 @pytest.mark.parametrize("recompute, alive", [(True, 0), (False, 2 * 2 * 4)])

@@ -1,13 +1,13 @@
 """The gradient by reconstruction: right, once, and nothing kept for it."""
 
 import gc
-import weakref
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from twins import (
+    Recorder,
     assert_close,
     assert_same_state,
     conv_branch,
@@ -286,23 +286,6 @@ def test_gradient_agrees_with_finite_differences():
         lambda x: tf.reduce_sum(tf.sin(layer(x, training=True))), [x], delta=1e-5
     )
     np.testing.assert_allclose(theoretical[0], numerical[0], rtol=1e-5, atol=1e-7)
-
-
-class Recorder(layers.Layer):
-    """Keeps weak references to what it returns outside of a recomputation."""
-
-    def __init__(self, made, **kwargs):
-        super().__init__(**kwargs)
-        self.record = made.append  # as a list, Keras would track a copy of it
-
-    def call(self, x):
-        y = tf.tanh(x)
-        if not isinstance(x, keras.KerasTensor):
-            self.record(weakref.ref(y))
-        return y
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
 
 def hidden_tensors_alive(num_blocks, recompute):
