@@ -124,9 +124,9 @@ class Handoff:
 
     def take(self, y1, y2):
         """Returns the rebuilt pair if it is of the current graph, else `(y1, y2)`."""
-        if self._streams and not tf.executing_eagerly():
-            if self._streams[0].graph is tf.compat.v1.get_default_graph():
-                return self._streams
+        graph = tf.compat.v1.get_default_graph()
+        if self._streams and self._streams[0].graph is graph:
+            return self._streams
         return y1, y2
 
 

@@ -8,6 +8,8 @@ from revnet_tf.streams import TwoStreamLayer
 
 
 class _ReversibleLayer(TwoStreamLayer):
+    """A layer whose steps are all a `coupling.Coupling`, so that it has an inverse."""
+
     def inverse(self, outputs, training=False, mask=None, **kwargs):
         """Returns the input that the layer maps to `outputs`; updates no state.
 

@@ -15,6 +15,13 @@ import tensorflow as tf
 
 from revnet_tf import coupling
 
+# Operations that give another result, or change more, when they are done again.
+_STATEFUL = re.compile(
+    "(?!Stateless|RandomIndexShuffle)"
+    ".*(Random|Multinomial|TruncatedNormal|Rng|Assign|ResourceScatter|"
+    "Stateful(?!PartitionedCall))"
+)
+
 
 class Variables:
     """The variables of all branches of a run, each once; `weights` have gradients.
@@ -115,13 +122,6 @@ def trace(steps, variables, x1, x2):
         lambda t: tf.TensorSpec(t.shape, t.dtype), (x1, x2, *variables.values())
     )
     forward.get_concrete_function(*specs)
-
-
-_STATEFUL = re.compile(
-    "(?!Stateless|RandomIndexShuffle)"
-    ".*(Random|Multinomial|TruncatedNormal|Rng|Assign|ResourceScatter|"
-    "Stateful(?!PartitionedCall))"
-)
 
 
 def accepts(layer, name):

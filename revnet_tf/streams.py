@@ -109,10 +109,12 @@ class TwoStreamLayer(keras.layers.Layer):
         super().build_from_config({"input_shape": config["input_shape"]})
 
     def call(self, inputs, training=False, mask=None, **kwargs):
-        inputs = self._streams_dtype(inputs)
+        # Keras casts floating-point inputs only; integers would truncate the sums.
+        inputs = tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
+        axis = self._axis_of(inputs)
         arguments = self._arguments(inputs, training, mask, kwargs)
         x1, x2 = self._split(inputs)
-        received = _handoff_of(inputs, self._axis_of(inputs))
+        received = _handoff_of(inputs, axis)
         for layers, recompute in self.runs():
             if recompute and arguments.training:
                 result = self._run(layers, x1, x2, arguments, received)
@@ -122,7 +124,7 @@ class TwoStreamLayer(keras.layers.Layer):
                     x1, x2 = layer.forward(x1, x2, arguments)
                 received = None
         outputs = self._join(x1, x2, inputs)
-        _record_handoff(outputs, self._axis_of(inputs), received)
+        _record_handoff(outputs, axis, received)
         return outputs
 
     def _run(self, layers, x1, x2, arguments, received):
@@ -174,26 +176,16 @@ class TwoStreamLayer(keras.layers.Layer):
                     f"{self.name} got an unexpected argument {name!r}: the call of "
                     "none of its branches names it."
                 )
+        axis = self._axis_of(inputs)
         if mask is None:
             masks = None, None
-        elif _is_pair(inputs):
+        elif axis is None:
             masks = tuple(mask)
-        elif self._axis_of(inputs) < len(mask.shape):
-            masks = tuple(tf.split(mask, 2, self.axis % len(inputs.shape)))
+        elif axis < len(mask.shape):
+            masks = tuple(tf.split(mask, 2, axis))
         else:
             masks = mask, mask
         return Arguments(_static_bool(training), masks, extra)
-
-    def _streams_dtype(self, inputs):
-        # Keras casts floating-point inputs only; integers would truncate the sums.
-        return tf.nest.map_structure(
-            lambda x: (
-                keras.ops.cast(x, self.compute_dtype)
-                if x.dtype != self.compute_dtype
-                else x
-            ),
-            inputs,
-        )
 
     def _axis_of(self, inputs):
         """Returns the axis as a non-negative number, `None` for a pair."""

@@ -78,8 +78,8 @@ def fit(network, recipe, images, run_dir):
         The rows of `metrics.csv`.
     """
     steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
-    # The variables, not the model: TensorFlow does not look into a layer's list of
-    # layers, as RevSequence.blocks, and would leave out their moving statistics.
+    # The variables, not the model: in a model TensorFlow does not find Keras's seed
+    # generators.
     checkpoint = tf.train.Checkpoint(
         network=network.variables, optimizer=network.optimizer.variables
     )

@@ -10,8 +10,8 @@ import sys
 import typing
 from pathlib import Path
 
-from training import command, runs
-from training.command import Parser, one_of
+from training import runs
+from training.command import Parser, io_errors, one_of
 from training.recipes import DATASETS, RECIPES, Recipe
 
 
@@ -59,7 +59,7 @@ def main(argv=None):
         finish(run_dir, name, recipe, network, images, rows)
     except FloatingPointError as error:
         parser.fail(1, error)
-    except command.io_errors() as error:
+    except io_errors() as error:
         parser.fail(1, f"{error}; when that is mended, {go_on}")
     except KeyboardInterrupt:
         parser.fail(130, f"interrupted; {go_on}")
