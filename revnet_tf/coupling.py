@@ -24,6 +24,7 @@ as if it did:
 Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -163,7 +164,6 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
     last_state = None
     order = None
 
-    @tf.custom_gradient
     def forward(x1, x2, *weights):
         nonlocal last_state
         h1, h2 = x1, x2
@@ -202,13 +202,13 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
                 )
             if received is not None:
                 received.fill(y1, y2)
-            return _first_order_only(order, d1, d2, *d_weights)
+            return _custom_gradient(_first_order_only, order, d1, d2, *d_weights)
 
         return (h1, h2, tf.zeros([0], h1.dtype), *losses), backward
 
     # `order` is empty, costs nothing, and ties what `backward` returns to the arguments
     # of `forward`: whoever differentiates that once more gets to `_first_order_only`.
-    y1, y2, order, *losses = forward(x1, x2, *weights)
+    y1, y2, order, *losses = _custom_gradient(forward, x1, x2, *weights)
     return Result(y1, y2, last_state, losses, handoff)
 
 
@@ -225,6 +225,34 @@ def inverse(steps, y1, y2, weights=(), state=()):
 def add(x, y):
     """Returns `x + y` without broadcasting: the sum could not be undone."""
     return tf.add_n([x, y])
+
+
+def _custom_gradient(function, *arguments):
+    """Returns `tf.custom_gradient(function)(*arguments)`, which can be let go.
+
+    In a graph TensorFlow registers the gradient function and the outputs of a custom
+    gradient by name, for ever: the graph, the layers and the weights of every model
+    that was trained would stay. What is registered here holds none of them; the
+    operation holds the gradient function, and goes with its graph.
+    """
+    if tf.executing_eagerly():
+        return tf.custom_gradient(function)(*arguments)
+    registered = []
+    gradient = None
+
+    @tf.custom_gradient
+    def call(*arguments):
+        nonlocal gradient
+        outputs, gradient = function(*arguments)
+        registered.extend(outputs)
+        reference = weakref.ref(gradient)
+        return registered, lambda *d_outputs: reference()(*d_outputs)
+
+    outputs = call(*arguments)
+    outputs[0].op._revnet_tf_gradient = gradient
+    # TensorFlow asks only how many there are.
+    registered[:] = [None] * len(registered)
+    return outputs
 
 
 def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, accumulate):
@@ -276,7 +304,6 @@ def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, accumulate
         return outputs, [tf.identity(d) for d in gradients[: len(inputs)]]
 
 
-@tf.custom_gradient
 def _first_order_only(order, *gradients):
     return gradients, _refuse_higher_order
 

@@ -56,7 +56,9 @@ class Variables:
             packed = tf.nest.pack_sequence_as(arguments or {}, filled)
             scope = _Scope(owner, given, weights)
             with scope:
-                outputs = call(*inputs, **packed)
+                outputs = _InACall(name="branch", autocast=False)(
+                    function=lambda: call(*inputs, **packed)
+                )
             read = [scope.was_read(v) for v in weights] + [False] * len(where)
             return outputs, [scope.new_value(v) for v in state], scope.losses, read
 
@@ -176,6 +178,17 @@ class _Scope(keras.StatelessScope):
 
     def new_value(self, variable):
         return self.state_mapping[id(variable)]
+
+
+class _InACall(keras.layers.Layer):
+    """Calls a function as part of a layer's call.
+
+    Keras forgets the losses that a layer has at the start of an outermost call; the
+    branch's are those of the forward pass, which a second call must leave alone.
+    """
+
+    def call(self, function):
+        return function()
 
 
 def _current_graph():
