@@ -34,8 +34,6 @@ from revnet_tf.export import export_saved_model
 layers = keras.layers
 
 # Together they take longer than all other tests.
-pytestmark = pytest.mark.slow
-TRAINING_OPERATIONS = ("IdentityN", "PreventGradient", "StopGradient", "Backprop")
 
 
 def dense_block(units=4, **kwargs):

@@ -29,7 +29,6 @@ from revnet_tf import RevBlock, RevSequence, coupling
 layers = keras.layers
 
 # Together they take longer than all other tests.
-pytestmark = pytest.mark.slow
 
 
 def graph(function):

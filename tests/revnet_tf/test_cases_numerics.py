@@ -24,7 +24,6 @@ from revnet_tf.branches import DownsamplingBlock, PoolingShortcut
 layers = keras.layers
 
 # Together they take longer than all other tests.
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

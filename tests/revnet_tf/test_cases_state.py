@@ -22,7 +22,6 @@ from revnet_tf import RevBlock, RevSequence, models
 layers = keras.layers
 
 # Together they take longer than all other tests.
-pytestmark = pytest.mark.slow
 
 
 def norm_branch(dropout=0.0, **kwargs):

@@ -14,7 +14,6 @@ from revnet_tf import RevBlock, RevSequence
 layers = keras.layers
 
 # Together they take longer than all other tests.
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=[1, 2], ids=["one_device", "two_replicas"])

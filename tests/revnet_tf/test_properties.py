@@ -18,8 +18,6 @@ from revnet_tf import RevBlock, RevSequence
 
 layers = keras.layers
 
-pytestmark = pytest.mark.slow
-
 # (A fixture that pytest applies to every test does not run again for every example.)
 SETTINGS = dict(
     deadline=None,
