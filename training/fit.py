@@ -13,10 +13,18 @@ from training import data, runs
 
 
 def learning_rate(recipe):
-    """Returns the learning rate, divided by ten at each of the decay steps."""
+    """Returns the learning rate of a recipe: a number, or a schedule of the step."""
+    schedules = keras.optimizers.schedules
+    if recipe.schedule == "cosine":
+        return schedules.CosineDecay(
+            0.0 if recipe.warmup_steps else recipe.learning_rate,
+            recipe.train_steps - recipe.warmup_steps,
+            warmup_target=recipe.learning_rate if recipe.warmup_steps else None,
+            warmup_steps=recipe.warmup_steps,
+        )
     if not recipe.decay_steps:
         return recipe.learning_rate
-    return keras.optimizers.schedules.PiecewiseConstantDecay(
+    return schedules.PiecewiseConstantDecay(
         # A boundary is the last step of the rate before it.
         [step - 1 for step in recipe.decay_steps],
         [recipe.learning_rate / 10**i for i in range(len(recipe.decay_steps) + 1)],

@@ -26,7 +26,17 @@ def test_networks_are_the_rows_of_the_papers_table():
 
 def test_each_network_has_a_recipe_for_each_cifar_set():
     expected = {f"cifar{n}_{network}" for n in (10, 100) for network in CIFAR_NETWORKS}
-    assert set(RECIPES) == expected | {"digits_revnet"}
+    short = {"cifar10_revnet38_short", "cifar10_resnet32_short"}
+    assert set(RECIPES) == expected | short | {"digits_revnet"}
+
+
+def test_short_recipes_differ_in_the_network_only():
+    revnet, resnet = (
+        dataclasses.asdict(RECIPES[f"cifar10_{network}_short"])
+        for network in ("revnet38", "resnet32")
+    )
+    different = {field for field in revnet if revnet[field] != resnet[field]}
+    assert different == {"reversible", "num_blocks", "channels"}
 
 
 def test_cifar_schedule_is_the_papers():
@@ -38,6 +48,23 @@ def test_cifar_schedule_is_the_papers():
 
 def test_learning_rate_without_decay_steps_is_constant():
     assert fit.learning_rate(dataclasses.replace(TINY, decay_steps=())) == 0.1
+
+
+def test_cosine_schedule_rises_in_a_line_and_falls_along_half_a_cosine():
+    recipe = dataclasses.replace(
+        TINY,
+        schedule="cosine",
+        decay_steps=(),
+        learning_rate=0.4,
+        warmup_steps=100,
+        train_steps=500,
+    )
+    rate = fit.learning_rate(recipe)
+    rates = [float(rate(step)) for step in (0, 50, 100, 200, 300, 500)]
+    half_cosines = [0.4, 0.4 * (1 + 2**-0.5) / 2, 0.2, 0]  # at 0, 1/4, 1/2 and 1
+    np.testing.assert_allclose(rates, [0, 0.2, *half_cosines], rtol=1e-6, atol=1e-8)
+    flat = fit.learning_rate(dataclasses.replace(recipe, warmup_steps=0))
+    assert float(flat(0)) == pytest.approx(0.4)
 
 
 def images_of(classes):
@@ -74,6 +101,9 @@ def test_network_gives_logits_for_each_class():
         {"channels": (4, 4, 4)},
         {"channels": (4, 0)},
         {"decay_steps": (20, 10)},
+        {"schedule": "linear"},
+        {"decay_steps": (10,), "schedule": "cosine"},
+        {"warmup_steps": 10},
         {"global_batch_size": 0},
         {"learning_rate": float("nan")},
         {"train_steps": -1},
@@ -84,7 +114,7 @@ def test_network_gives_logits_for_each_class():
     ],
 )
 def test_impossible_value_is_refused_by_the_name_of_its_field(change):
-    ((field, _),) = change.items()
+    field, *_ = change
     with pytest.raises(ValueError, match=f"^{field}="):
         dataclasses.replace(TINY, **change)
 

@@ -1,0 +1,132 @@
+"""The error that networks reach, over several seeds, and how they get there.
+
+    python -m benchmarks.accuracy             # the short CIFAR-10 recipes; 5 hours
+    python -m benchmarks.accuracy --recipes cifar10_revnet110 --seeds 0 1 2
+    python -m benchmarks.accuracy --plot      # accuracy.png again, from the CSV files
+
+Every run is a `python -m training.train` of its own, one after the other. The same
+command goes on where it was stopped: a run that has its row is not done again, an
+unfinished one continues from its last checkpoint. A row a run goes to accuracy.csv, a
+row an epoch to accuracy_epochs.csv.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.provenance import FOLDER, provenance
+from training import runs
+from training.recipes import RECIPES
+
+RUN = ("recipe", "recompute", "seed")
+SHORT = ("cifar10_revnet38_short", "cifar10_resnet32_short")
+
+
+def wanted(recipes, seeds, stored):
+    """Returns the runs, `(recipe, recompute, seed)`, a seed of all before the next."""
+    pairs = [(name, True) for name in recipes]
+    pairs += [(name, False) for name in stored]
+    return [(*pair, seed) for seed in seeds for pair in pairs]
+
+
+def train(run, run_dir, data_dir):
+    """Trains to the end, where that is not done yet, and writes down what came out."""
+    recipe, recompute, seed = run
+    if not (run_dir / "result.json").exists():
+        command = [sys.executable, "-m", "training.train", "--recipe", recipe]
+        command += ["--seed", str(seed), "--run-dir", str(run_dir)]
+        command += [] if recompute else ["--no-recompute"]
+        command += ["--data-dir", str(data_dir)] if data_dir else []
+        subprocess.run(command, cwd=FOLDER.parent, check=True)
+    result = runs.finished(run_dir)
+    fields = ("test_accuracy", "test_loss", "num_parameters", "steps", "train_seconds")
+    row = {field: result[field] for field in fields}
+    write("accuracy.csv", run, [row | provenance()])
+    fields = ("epoch", "step", "train_loss", "test_loss", "test_accuracy")
+    epochs = runs.read_metrics(run_dir / "metrics.csv")
+    rows = [{field: row[field] for field in fields} for row in epochs]
+    write("accuracy_epochs.csv", run, rows)
+
+
+def read(name):
+    path = FOLDER / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(run, rows):
+    return [row for row in rows if [row[k] for k in RUN] == [str(v) for v in run]]
+
+
+def write(name, run, rows):
+    """Adds the rows of one run to a CSV file."""
+    rows = [dict(zip(RUN, run, strict=True)) | row for row in rows]
+    runs.write_metrics(FOLDER / name, read(name) + rows)
+
+
+def plot():
+    """Draws test error and training loss over the steps: mean and range over seeds."""
+    from matplotlib.figure import Figure
+
+    curves = {}
+    for row in read("accuracy_epochs.csv"):
+        point = float(row["train_loss"]), 100 * (1 - float(row["test_accuracy"]))
+        curve = curves.setdefault((row["recipe"], row["recompute"]), {})
+        curve.setdefault(int(row["step"]), []).append(point)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for (recipe, recompute), curve in curves.items():
+        color = f"C{sorted({recipe for recipe, _ in curves}).index(recipe)}"
+        label = recipe + ("" if recompute == "True" else ", stored activations")
+        style = "-" if recompute == "True" else "--"
+        steps = sorted(curve)
+        for i, ax in enumerate(panels):
+            values = [[point[i] for point in curve[step]] for step in steps]
+            means = [sum(v) / len(v) for v in values]
+            seeds = max(map(len, values))
+            ax.plot(steps, means, style, color=color, label=f"{label}; seeds: {seeds}")
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    for ax, what in zip(
+        panels, ("training cross-entropy", "test error, %"), strict=True
+    ):
+        ax.set(xlabel="step", ylabel=what, yscale="log")
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize="small")
+    figure.savefig(FOLDER / "accuracy.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="*", default=SHORT, choices=RECIPES)
+    parser.add_argument(
+        "--stored",
+        nargs="*",
+        default=SHORT[:1],
+        choices=RECIPES,
+        help="recipes to run with stored activations, too",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs", "accuracy"), help="of all runs"
+    )
+    parser.add_argument("--data-dir", type=Path, help="as of training.train")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot")
+    args = parser.parse_args()
+    if not args.plot:
+        for run in wanted(args.recipes, args.seeds, args.stored):
+            if not rows_of(run, read("accuracy.csv")):
+                recipe, recompute, seed = run
+                name = f"{recipe}{'' if recompute else '_stored'}_seed{seed}"
+                train(run, (args.run_dir / name).resolve(), args.data_dir)
+            (row,) = rows_of(run, read("accuracy.csv"))
+            print(*run, f"{100 * (1 - float(row['test_accuracy'])):.2f} % test error")
+    plot()
+
+
+if __name__ == "__main__":
+    main()
