@@ -95,6 +95,8 @@ def plot():
         panels, ("training cross-entropy", "test error, %"), strict=True
     ):
         ax.set(xlabel="step", ylabel=what, yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize="small")
     figure.savefig(FOLDER / "accuracy.png", dpi=120)

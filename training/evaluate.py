@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from training import runs
-from training.command import Parser
+from training.command import Parser, io_errors
 
 
 def score(run_dir, images):
@@ -15,7 +15,6 @@ def score(run_dir, images):
     import keras
 
     import revnet_tf  # noqa: F401  It registers the model's layers.
-    from training import data
 
     model = keras.models.load_model(run_dir / "model.keras")
     model.compile(
@@ -25,7 +24,7 @@ def score(run_dir, images):
             keras.metrics.SparseCategoricalCrossentropy("cross_entropy"),
         ],
     )
-    batches = data.test_batches(images, batch_size=100, normalize=False)
+    batches = images.test_batches(batch_size=100, normalize=False)
     scores = model.evaluate(batches, verbose=0, return_dict=True)
     return scores["accuracy"], scores["cross_entropy"]
 
@@ -34,16 +33,22 @@ def main(argv=None):
     parser = Parser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--data-dir", type=Path, help="as in training.train")
+    parser.add_argument(
+        "--skip-corrupt", action="store_true", help="as in training.train"
+    )
     args = parser.parse_args(argv)
     try:
         result = runs.finished(args.run_dir)
         from training import data
 
-        recipe = runs.read_json(args.run_dir / "recipe.json")
-        images = data.load(recipe["dataset"], args.data_dir)
+        recipe = runs.recipe_of(args.run_dir)
+        images = data.load(recipe, args.data_dir, args.skip_corrupt)
     except (ValueError, OSError) as error:
         parser.error(error)
-    accuracy, loss = score(args.run_dir, images)
+    try:
+        accuracy, loss = score(args.run_dir, images)
+    except io_errors() as error:
+        parser.fail(1, images.corrupt[0] if images.corrupt else error)
     print(f"test accuracy  {accuracy:.4f}  (recorded {result['test_accuracy']:.4f})")
     print(f"test loss      {loss:.4f}  (recorded {result['test_loss']:.4f})")
 

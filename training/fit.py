@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from revnet_tf import models
-from training import data, runs
+from training import runs
 
 
 def learning_rate(recipe):
@@ -72,8 +72,8 @@ def serving_model(network, images):
     inputs = keras.Input(images.image_shape, dtype="uint8", name="image")
     normalized = keras.layers.Normalization(
         axis=(1, 2, 3),
-        mean=images.mean_image,
-        variance=np.full_like(images.mean_image, 255**2),
+        mean=images.mean,
+        variance=np.full_like(images.mean, images.scale**2),
     )(inputs)
     probabilities = keras.layers.Softmax(name="probabilities")(network(normalized))
     return keras.Model(inputs, probabilities, name=f"{network.name}_serving")
@@ -103,8 +103,8 @@ def fit(network, recipe, images, run_dir):
     # Written before the checkpoint, it may be a row ahead of it.
     rows = runs.read_metrics(run_dir / "metrics.csv")[:first_epoch]
     network.fit(
-        data.training_batches(images, recipe, first_step),
-        validation_data=data.test_batches(images, recipe.global_batch_size),
+        images.training_batches(recipe, first_step),
+        validation_data=images.test_batches(recipe.global_batch_size),
         initial_epoch=first_epoch,
         epochs=math.ceil(recipe.train_steps / steps_per_epoch),
         steps_per_epoch=steps_per_epoch,

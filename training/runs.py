@@ -12,6 +12,8 @@ import json
 import os
 import platform
 
+from training.recipes import Recipe
+
 _PACKAGES = ("tensorflow", "keras", "numpy")
 
 
@@ -24,6 +26,14 @@ def describe(name, recipe):
         **json.loads(json.dumps(dataclasses.asdict(recipe))),
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def recipe_of(run_dir):
+    """Returns the `Recipe` of a run."""
+    found = read_json(run_dir / "recipe.json")
+    values = {field.name: found[field.name] for field in dataclasses.fields(Recipe)}
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Recipe(**values | lists)
 
 
 def check_free(run_dir, description):

@@ -29,7 +29,7 @@ def main(argv=None):
 
         keras.utils.set_random_seed(recipe.seed)
         strategy = get_strategy(args.strategy)
-        images = data.load(recipe.dataset, args.data_dir)
+        images = data.load(recipe, args.data_dir, args.skip_corrupt)
         images.steps_per_epoch(recipe.global_batch_size)
         if recipe.global_batch_size % strategy.num_replicas_in_sync:
             raise ValueError(
@@ -60,7 +60,10 @@ def main(argv=None):
     except FloatingPointError as error:
         parser.fail(1, error)
     except io_errors() as error:
-        parser.fail(1, f"{error}; when that is mended, {go_on}")
+        cause = error
+        if images.corrupt and not args.skip_corrupt:
+            cause = f"{images.corrupt[0]}; --skip-corrupt leaves such images out"
+        parser.fail(1, f"{cause}; when that is mended, {go_on}")
     except KeyboardInterrupt:
         parser.fail(130, f"interrupted; {go_on}")
 
@@ -81,9 +84,12 @@ def finish(run_dir, name, recipe, network, images, rows):
         "num_parameters": fit.num_parameters(network),
         "steps": recipe.train_steps,
         "train_seconds": round(sum(float(row["seconds"]) for row in rows), 3),
+        "skipped_images": len(images.corrupt),
         "class_names": images.class_names,
     }
     runs.write_json(run_dir / "result.json", result)
+    if images.corrupt:
+        print(f"\n{len(images.corrupt)} corrupt image(s) left out", end="")
     print(f"""
 test accuracy  {accuracy:.4f}
 test loss      {loss:.4f}
@@ -116,6 +122,12 @@ def parse(argv):
         type=Path,
         default=None,
         help="folder of TFDS data sets; defaults to TFDS_DATA_DIR, then to TFDS's own",
+    )
+    parser.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        default=False,
+        help="leave out and count images that cannot be read, rather than end the run",
     )
     parser.add_argument(
         "--strategy",

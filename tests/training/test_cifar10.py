@@ -34,7 +34,7 @@ def losses(recipe, images, steps):
     keras.utils.set_random_seed(recipe.seed)
     network = fit.build(recipe, images)
     values = []
-    for x, y in data.training_batches(images, recipe).take(steps):
+    for x, y in images.training_batches(recipe).take(steps):
         network.reset_metrics()
         values.append(network.train_on_batch(x, y, return_dict=True)["loss"])
     return np.array(values)
@@ -43,8 +43,8 @@ def losses(recipe, images, steps):
 def test_reversible_and_ordinary_revnet38_have_equal_losses_for_20_steps(float64):
     # In float64. In float32 rounding alone parts any two runs of this network, two
     # ordinary ones as well (by 1e-3 within 5 steps): it turns a few ReLUs over.
-    images = data.load("cifar10", FOLDER)
     recipe = RECIPES["cifar10_revnet38"]
+    images = data.load(recipe, FOLDER)
     recomputed = losses(recipe, images, 20)
     stored = losses(dataclasses.replace(recipe, recompute=False), images, 20)
     np.testing.assert_allclose(recomputed, stored, rtol=1e-9)

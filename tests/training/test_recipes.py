@@ -6,15 +6,16 @@ import pytest
 import tensorflow as tf
 
 from revnet_tf import models
-from training import data, fit
-from training.recipes import CIFAR_NETWORKS, RECIPES, Recipe
+from training import fit
+from training.images import ImagesInMemory
+from training.recipes import CIFAR_NETWORKS, IMAGENET_NETWORKS, RECIPES, Recipe
 
 TINY = dataclasses.replace(RECIPES["digits_revnet"], num_blocks=(1,), channels=(4, 4))
 
 
 def test_networks_are_the_rows_of_the_papers_table():
     variants = {name.lower(): row for name, row in models.VARIANTS.items()}
-    for network, row in CIFAR_NETWORKS.items():
+    for network, row in (CIFAR_NETWORKS | IMAGENET_NETWORKS).items():
         variant = variants[network]
         assert row == (
             variant.reversible,
@@ -24,8 +25,9 @@ def test_networks_are_the_rows_of_the_papers_table():
         )
 
 
-def test_each_network_has_a_recipe_for_each_cifar_set():
+def test_each_network_has_a_recipe_for_each_of_its_data_sets():
     expected = {f"cifar{n}_{network}" for n in (10, 100) for network in CIFAR_NETWORKS}
+    expected |= {f"imagenet_{network}" for network in IMAGENET_NETWORKS}
     short = {"cifar10_revnet38_short", "cifar10_resnet32_short"}
     assert set(RECIPES) == expected | short | {"digits_revnet"}
 
@@ -69,7 +71,9 @@ def test_cosine_schedule_rises_in_a_line_and_falls_along_half_a_cosine():
 
 def images_of(classes):
     blank, labels = np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int64)
-    return data.Images(blank, labels, blank, labels, [str(i) for i in range(classes)])
+    return ImagesInMemory(
+        blank, labels, blank, labels, [str(i) for i in range(classes)]
+    )
 
 
 @pytest.mark.parametrize("reversible", [True, False])
@@ -108,6 +112,7 @@ def test_network_gives_logits_for_each_class():
         {"learning_rate": float("nan")},
         {"train_steps": -1},
         {"weight_decay": -1.0},
+        {"classes": 0},
         {"momentum": 1.0},
         {"pad": -1},
         {"seed": -1},

@@ -263,15 +263,17 @@ def test_mistake_is_answered_in_one_line_and_begins_no_run(
 
 def test_every_field_is_a_flag():
     flags = (
-        "--dataset cifar100 --no-reversible --num-blocks 1 2 --channels 2 4 6 "
-        "--bottleneck --no-recompute --global-batch-size 3 --learning-rate 0.5 "
-        "--decay-steps --momentum 0.8 --weight-decay 0.7 --train-steps 4 --pad 5 "
-        "--flip --seed 6"
+        "--dataset cifar100 --classes 7 --no-reversible --num-blocks 1 2 "
+        "--channels 2 4 6 --bottleneck --no-recompute --global-batch-size 3 "
+        "--learning-rate 0.5 --schedule cosine --decay-steps --warmup-steps 3 "
+        "--momentum 0.8 --weight-decay 0.7 --train-steps 4 --pad 5 --flip "
+        "--test-in-mean --seed 6"
     ).split()
     _, name, recipe, _ = train.parse(flags)
     assert name == "digits_revnet"
     assert dataclasses.asdict(recipe) == {
         "dataset": "cifar100",
+        "classes": 7,
         "reversible": False,
         "num_blocks": (1, 2),
         "channels": (2, 4, 6),
@@ -279,12 +281,15 @@ def test_every_field_is_a_flag():
         "recompute": False,
         "global_batch_size": 3,
         "learning_rate": 0.5,
+        "schedule": "cosine",
         "decay_steps": (),
+        "warmup_steps": 3,
         "momentum": 0.8,
         "weight_decay": 0.7,
         "train_steps": 4,
         "pad": 5,
         "flip": True,
+        "test_in_mean": True,
         "seed": 6,
     }
 
@@ -429,7 +434,7 @@ def test_mistake_in_a_shell_is_one_line_before_tensorflow_is_loaded(tmp_path):
 def test_serving_model_normalizes_as_the_pipeline_does():
     from training import data
 
-    images = data.load("digits")
+    images = data.load(RECIPES["digits_revnet"])
     inputs = keras.Input(images.image_shape)
     logits = keras.layers.Flatten()(inputs)
     serving = fit.serving_model(keras.Model(inputs, logits), images)

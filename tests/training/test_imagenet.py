@@ -1,0 +1,172 @@
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training import data, imagenet
+from training.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+RECIPE = dataclasses.replace(RECIPES["imagenet_revnet104"], global_batch_size=5)
+
+
+def load(data_dir, **options):
+    return data.load(RECIPE, data_dir, **options)
+
+
+def training_arrays(images, steps, first_step=0, recipe=RECIPE):
+    batches = images.training_batches(recipe, first_step).take(steps)
+    x, y = zip(*batches.as_numpy_iterator(), strict=True)
+    return np.concatenate(x), np.concatenate(y)
+
+
+def test_training_images_are_of_one_size_and_range_with_their_labels(imagenet_dir):
+    images = load(imagenet_dir)
+    assert images.steps_per_epoch(5) == 2
+    x, y = training_arrays(images, steps=12)
+    assert x.shape == (60, 224, 224, 3)
+    assert x.dtype == np.float32
+    assert -1 <= x.min() < -0.5
+    assert 0.5 < x.max() <= 1
+    # An epoch holds no image twice, and another order than the one before.
+    epochs = y.reshape(6, 10)
+    assert all(len(set(epoch)) == 10 for epoch in epochs)
+    assert set(y) == set(range(0, 120, 10))
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize("first_step", [2, 3])
+def test_run_that_goes_on_sees_what_a_straight_run_sees(imagenet_dir, first_step):
+    x, y = training_arrays(load(imagenet_dir), steps=5)
+    tf.random.set_seed(99)
+    x_on, y_on = training_arrays(load(imagenet_dir), 5 - first_step, first_step)
+    np.testing.assert_array_equal(y_on, y[5 * first_step :])
+    np.testing.assert_array_equal(x_on, x[5 * first_step :])
+
+
+def coordinates(height, width):
+    """Returns an image whose red grows downwards, and its green to the right."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = (np.arange(height) * 255 / (height - 1))[:, np.newaxis]
+    image[..., 1] = np.arange(width) * 255 / (width - 1)
+    return image
+
+
+def test_random_windows_have_the_area_and_the_ratio_of_sides_of_inception():
+    encoded = tf.io.encode_jpeg(coordinates(300, 400), quality=100)
+    areas, ratios = [], []
+    for i in range(100):
+        window = imagenet.random_window(encoded, tf.constant([0, i])).numpy()
+        assert window.shape == (224, 224, 3)
+        height, width = (np.ptp(window[..., c]) / 255 for c in (0, 1))
+        areas.append(height * width)
+        ratios.append(400 * width / (300 * height))
+    # (Two pixels are lost at the edges, and JPEG is not exact.)
+    assert 0.03 < min(areas) < 0.15
+    assert 0.85 < max(areas) <= 1
+    assert 0.7 < min(ratios) < 0.85
+    assert 1.2 < max(ratios) < 1.4
+
+
+def test_centre_crop_is_the_middle_seven_eighths_of_each_side():
+    encoded = tf.io.encode_png(coordinates(240, 400))  # without loss; read as JPEG is
+    image = imagenet.centre_crop(encoded).numpy()
+    assert image.shape == (224, 224, 3)
+    assert image.dtype == np.uint8
+    ends = [255 / 16, 255 * 15 / 16]
+    for line in (image[[0, -1], 112, 0], image[112, [0, -1], 1]):
+        np.testing.assert_allclose(line, ends, atol=2)  # ends of pixels, cut off
+
+
+def test_test_images_come_in_order_for_the_network_and_for_the_serving_model(
+    imagenet_dir,
+):
+    images = load(imagenet_dir)
+    served = list(images.test_batches(3, normalize=False).as_numpy_iterator())
+    assert [len(y) for _, y in served] == [3, 2]
+    assert [*served[0][1], *served[1][1]] == [0, 10, 20, 30, 40]
+    for (x, _), (raw, _) in zip(images.test_batches(3), served, strict=True):
+        assert raw.dtype == np.uint8
+        np.testing.assert_allclose(x, raw / 127.5 - 1, atol=1e-6)
+
+
+def with_junk(imagenet_dir, folder, split, numbers):
+    """Copies the data set and puts junk in the place of images."""
+    shutil.copytree(imagenet_dir, folder)
+    name = f"imagenet2012-{split}.tfrecord-00000-of-00001"
+    path = folder / "imagenet2012" / "5.1.0" / name
+    encoded = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for i, record in enumerate(encoded):
+            example = tf.train.Example.FromString(record)
+            if i in numbers:
+                example.features.feature["image"].bytes_list.value[:] = [b"no image"]
+            writer.write(example.SerializeToString())
+    return path
+
+
+def test_corrupt_images_are_left_out_and_epochs_keep_their_length(
+    imagenet_dir, tmp_path
+):
+    path = with_junk(imagenet_dir, tmp_path / "copy", "train", [2, 3, 7])
+    images = load(tmp_path / "copy", skip_corrupt=True)
+    _, y = training_arrays(images, steps=8)
+    assert set(y) == set(range(0, 120, 10)) - {20, 30, 70}
+    # 10 places an epoch, 9 images: one of them comes twice.
+    assert all(len(set(epoch)) == 9 for epoch in y.reshape(4, 10))
+    assert sorted(text.split(":")[0] for text in images.corrupt) == [
+        f"{path}, record {i}" for i in (2, 3, 7)
+    ]
+
+
+def train(data_dir, run_dir, *flags):
+    """Runs the README's line, for two steps, where there are two devices."""
+    program = (
+        "import sys, tensorflow as tf; cpu, = tf.config.list_physical_devices('CPU'); "
+        "tf.config.set_logical_device_configuration("
+        "cpu, [tf.config.LogicalDeviceConfiguration()] * 2); "
+        "from training import train; train.main(sys.argv[1:])"
+    )
+    argv = ["--recipe", "imagenet_revnet104", "--strategy", "mirrored", "--data-dir"]
+    argv += [data_dir, "--run-dir", run_dir, "--train-steps", "2"]
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, argv), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+# A network that is built and exported in seconds.
+SMALL = ["--num-blocks", "1", "1", "1", "2", "--channels", "8", "8", "8", "8", "16"]
+
+
+@pytest.mark.parametrize(
+    "network", [pytest.param([], marks=pytest.mark.slow), SMALL], ids=["full", "small"]
+)
+def test_line_of_the_readme_trains_revnet104_on_two_devices(
+    imagenet_dir, tmp_path, network
+):
+    done = train(imagenet_dir, tmp_path / "run", "--global-batch-size", "4", *network)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 replica(s)" in done.stdout
+    if not network:
+        assert "45,428,072 parameters" in done.stdout
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+def test_corrupt_image_in_the_middle_of_training_is_named(imagenet_dir, tmp_path):
+    path = with_junk(imagenet_dir, tmp_path / "copy", "train", range(12))
+    done = train(
+        tmp_path / "copy", tmp_path / "run", "--global-batch-size", "4", *SMALL
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert f"error: {path}, record " in last
+    assert "--skip-corrupt leaves such images out" in last
+    assert "Traceback" not in last

@@ -1,0 +1,133 @@
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training import data
+from training import prepared as prepared_data
+from training.recipes import RECIPES
+
+CIFAR10 = RECIPES["cifar10_revnet38"]
+NAME = "cifar10/3.0.2/cifar10-train.tfrecord-00000-of-00001"
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    """A copy of the made-up CIFAR-10, to be damaged."""
+    shutil.copytree(prepared, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def damage_image(path, number):
+    """Puts junk in the place of one image, in a record that is whole."""
+    encoded = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
+    example = tf.train.Example.FromString(encoded[number])
+    example.features.feature["image"].bytes_list.value[:] = [b"no image"]
+    encoded[number] = example.SerializeToString()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in encoded:
+            writer.write(record)
+
+
+def damage_record(path, number):
+    """Turns a bit of one record over: its checksum is no longer right."""
+    content, start = bytearray(path.read_bytes()), 0
+    for _ in range(number):
+        # Length, its checksum, the record, its checksum.
+        start += 8 + 4 + struct.unpack_from("<Q", content, start)[0] + 4
+    content[start + 100] ^= 1
+    path.write_bytes(content)
+
+
+def damage_end(path, number):
+    """Ends the file before the last record does."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES = {
+    # What is damaged, the first record that it makes unreadable, how many, and why.
+    "image": (damage_image, 7, 1, "Unknown image file format"),
+    "record": (damage_record, 7, 13, "corrupted record"),
+    "end": (damage_end, 19, 1, "truncated record"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_corrupt_record_ends_the_reading_with_its_file_number_and_reason(copy, kind):
+    damage, number, _, why = DAMAGES[kind]
+    damage(copy / NAME, number)
+    with pytest.raises(OSError) as error:
+        data.load(CIFAR10, copy)
+    assert str(error.value).startswith(f"{copy / NAME}, record {number}: ")
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_corrupt_records_are_left_out_and_counted_where_that_is_asked_for(
+    copy, kind, capfd
+):
+    damage, number, count, _ = DAMAGES[kind]
+    whole = data.load(CIFAR10, copy)
+    damage(copy / NAME, number)
+    images = data.load(CIFAR10, copy, skip_corrupt=True)
+    left_out = range(number, number + count)
+    np.testing.assert_array_equal(
+        images.train_images, np.delete(whole.train_images, left_out, axis=0)
+    )
+    np.testing.assert_array_equal(
+        images.train_labels, np.delete(whole.train_labels, left_out)
+    )
+    np.testing.assert_array_equal(images.test_images, whole.test_images)
+    assert images.steps_per_epoch(4) == (20 - count) // 4
+    assert [text.split(":")[0] for text in images.corrupt] == [
+        f"{copy / NAME}, record {i}" for i in left_out
+    ]
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("Skipping")] == [
+        f"Skipping {text}" for text in images.corrupt
+    ]
+
+
+def order(records, seed):
+    encoded = records.encoded(shuffle_buffer=8, seed=tf.constant(seed, tf.int64))
+    return [int(record) for _, record, _ in encoded]
+
+
+def test_shuffled_order_holds_every_record_once_and_depends_on_the_seed_alone(prepared):
+    records = prepared_data.Records(prepared_data.builder("cifar10", prepared), "train")
+    first = order(records, 1)
+    tf.random.set_seed(99)
+    assert order(records, 1) == first
+    assert order(records, 2) != first
+    assert sorted(first) == list(range(20))
+    assert first != sorted(first)
+
+
+def test_decoding_in_parallel_keeps_the_order(prepared):
+    records = prepared_data.Records(prepared_data.builder("cifar10", prepared), "train")
+    encoded = records.encoded().repeat(20)
+    ids = records.decoded(encoded, lambda example: (example["id"],))
+    assert [int(id.numpy()) for (id,) in ids] == 20 * list(range(20))
+
+
+def test_missing_split_is_named(prepared):
+    builder = prepared_data.builder("cifar10", prepared)
+    with pytest.raises(OSError, match="has no split 'validation'"):
+        prepared_data.Records(builder, "validation")
+
+
+def test_data_set_that_cannot_be_downloaded_is_refused_with_the_way(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tfds build imagenet2012"):
+        prepared_data.builder("imagenet2012", tmp_path)
+
+
+def test_older_version_that_tfds_supports_is_read(imagenet_dir, tmp_path):
+    shutil.copytree(imagenet_dir, tmp_path / "copy")
+    folder = tmp_path / "copy" / "imagenet2012"
+    (folder / "5.1.0").rename(folder / "5.0.0")
+    info = folder / "5.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("5.1.0", "5.0.0"))
+    builder = prepared_data.builder("imagenet2012", tmp_path / "copy")
+    assert builder.version == "5.0.0"

@@ -1,0 +1,140 @@
+"""Images, and the pipelines that feed them to a network.
+
+An image of training is a function of the seed and of how many came before it, and of
+nothing else. What is shuffled is small: numbers of images for a set that is held in
+memory, encoded images for one that is read from its files.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+
+class Images:
+    """A data set of images: pipelines for training and test, and how to normalize.
+
+    Attributes:
+        image_shape: `(height, width, channels)`.
+        class_names: list of strings, in the order of the labels.
+        num_train_images: integer, on which the length of an epoch depends.
+        mean, scale: what is subtracted from an image, and what it is then divided by.
+        records: the `prepared.Records` of the splits, where there are any.
+    """
+
+    records = ()
+
+    @property
+    def corrupt(self):
+        """What was found corrupt so far: file, number of the record, and why."""
+        return [text for records in self.records for text in records.corrupt.values()]
+
+    def normalize(self, images):
+        return (tf.cast(images, tf.float32) - self.mean) / self.scale
+
+    def steps_per_epoch(self, global_batch_size):
+        """Returns the number of whole batches; a different rest is left out each epoch.
+
+        Raises:
+            ValueError: there is not one.
+        """
+        if global_batch_size > self.num_train_images:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} is more than the "
+                f"{self.num_train_images} training images; use a smaller one."
+            )
+        return self.num_train_images // global_batch_size
+
+    def training_batches(self, recipe, first_step=0):
+        """Returns the endless batches of training, `(float32 images, labels)`.
+
+        Order and augmentation of an epoch depend on the seed and the number of the
+        epoch alone: a run that goes on from `first_step` sees what it would have seen.
+        """
+        raise NotImplementedError
+
+    def test_batches(self, batch_size, normalize=True):
+        """Returns all test images in their order, `(images, labels)`.
+
+        Args:
+            batch_size: the last batch may be smaller.
+            normalize: whether for the network, or as `uint8` for the serving model.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesInMemory(Images):
+    """A data set in memory: `uint8` images `(n, height, width, channels)`, labels.
+
+    The mean is that of each pixel over the training images, or over all images.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: list[str]
+    test_in_mean: bool = False
+    records: tuple = ()
+    scale = 255  # after the mean is subtracted: the authors' order
+
+    @property
+    def image_shape(self):
+        return self.train_images.shape[1:]
+
+    @property
+    def num_train_images(self):
+        return len(self.train_images)
+
+    @functools.cached_property
+    def mean(self):
+        sets = [self.train_images, self.test_images][: 1 + self.test_in_mean]
+        # Of integers, and so exact.
+        total = sum(images.sum(axis=0, dtype=np.int64) for images in sets)
+        return (total / sum(map(len, sets))).astype(np.float32)
+
+    def training_batches(self, recipe, first_step=0):
+        # On the host, also where there is a GPU: the pipeline runs there.
+        with tf.device("CPU:0"):
+            pixels = tf.constant(self.train_images)
+            labels = tf.constant(self.train_labels)
+        size = len(self.train_images)
+        batch = recipe.global_batch_size
+        per_epoch = self.steps_per_epoch(batch) * batch
+
+        def example(position):
+            epoch, index = position // per_epoch, position % per_epoch
+            key = tf.stack([tf.constant(recipe.seed, tf.int64), epoch])
+            # A permutation that need not be held, nor be filled before the first image.
+            i = tf.random.experimental.index_shuffle(index, key, size - 1)
+            image = self.normalize(pixels[i])
+            return augment(image, tf.random.fold_in(key, index), recipe), labels[i]
+
+        return (
+            tf.data.Dataset.range(first_step * batch, tf.int64.max)
+            .map(example, num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(batch, drop_remainder=True)
+            .prefetch(tf.data.AUTOTUNE)
+        )
+
+    def test_batches(self, batch_size, normalize=True):
+        batches = tf.data.Dataset.from_tensor_slices(
+            (self.test_images, self.test_labels)
+        ).batch(batch_size)
+        if normalize:
+            batches = batches.map(lambda x, y: (self.normalize(x), y))
+        return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def augment(image, key, recipe):
+    """Zero-pads, crops at random to the former size, and flips at random."""
+    crop_key, flip_key = tf.unstack(tf.random.split(key))
+    if recipe.pad:
+        pad = [recipe.pad, recipe.pad]
+        padded = tf.pad(image, [pad, pad, [0, 0]])
+        image = tf.image.stateless_random_crop(padded, image.shape, crop_key)
+    if recipe.flip:
+        image = tf.image.stateless_random_flip_left_right(image, flip_key)
+    return image

@@ -1,0 +1,242 @@
+"""Data sets that TFDS has prepared: where they lie, and their records, one by one."""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import tensorflow as tf
+
+FILES_AT_ONCE = 16
+
+
+def builder(name, data_dir=None):
+    """Returns the TFDS builder of a data set that is prepared, downloaded if need be.
+
+    Args:
+        name: of the data set.
+        data_dir: folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then to that of
+            TFDS.
+
+    Raises:
+        FileNotFoundError: `data_dir` holds the data set in another place or version,
+            or it has to be prepared by hand.
+        ConnectionError: the data set is not there and cannot be downloaded.
+    """
+    # Imported here: the handwritten digits do without.
+    import tensorflow_datasets as tfds
+
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(
+            f"data_dir={data_dir} is no folder; make it, or give the one in which "
+            f"{name} lies, or is to be downloaded to."
+        )
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    cls = tfds.builder_cls(name)
+    for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS):
+        found = cls(data_dir=data_dir, version=version)
+        if (Path(found.data_dir) / "dataset_info.json").is_file():
+            return found
+    wanted = cls(data_dir=data_dir)
+    _download(wanted)
+    return wanted
+
+
+class Records:
+    """The records of one split, in the files in which TFDS has written them.
+
+    A record that cannot be read or decoded, be it that a file is damaged or an image,
+    ends the reading with an error that names it, or is left out and counted.
+
+    Args:
+        builder: of a prepared data set.
+        split: name of the split.
+        skip_corrupt: whether to leave out what is corrupt.
+        decoders: as TFDS takes them, for features that are not to be decoded.
+
+    Attributes:
+        corrupt: dictionary of the corrupt records found so far: number of the file and
+            of the record, and a text that names both and says why.
+    """
+
+    def __init__(self, builder, split, skip_corrupt=False, decoders=None):
+        info = builder.info.splits.get(split)
+        if info is None:
+            raise OSError(
+                f"{builder.data_dir} has no split {split!r}; prepare it again."
+            )
+        self.paths = [str(path) for path in info.filepaths]
+        self.lengths = info.shard_lengths
+        self.skip_corrupt = skip_corrupt
+        self.corrupt = {}
+        self._features = builder.info.features
+        self._decoders = decoders
+
+    def __len__(self):
+        """Number of records, corrupt ones included."""
+        return sum(self.lengths)
+
+    def encoded(self, shuffle_buffer=0, seed=None):
+        """Returns the data set of `(file, record, encoded example)`.
+
+        Args:
+            shuffle_buffer: number of records from which the next is drawn at random,
+                after the order of the files; 0 for the order in which they lie.
+            seed: scalar `int64` tensor, on which alone the order depends.
+        """
+        lengths = tf.constant(self.lengths, tf.int64)
+        files = tf.data.Dataset.from_tensor_slices((self.paths, lengths)).enumerate()
+
+        def read(file, path_and_length):
+            path, length = path_and_length
+            # What a damaged file no longer gives is missing, not left out: every
+            # record keeps its number, and the split its size.
+            missing = tf.data.Dataset.from_tensors(b"").repeat()
+            found = tf.data.TFRecordDataset(path).ignore_errors()
+            records = found.concatenate(missing).take(length).enumerate()
+            return records.map(lambda record, encoded: (file, record, encoded))
+
+        def shuffled(seed):
+            # Of this function's graph. The global one would have a say otherwise.
+            tf.compat.v1.set_random_seed(1)
+            return (
+                files.shuffle(len(self.paths), seed, reshuffle_each_iteration=False)
+                .interleave(
+                    read,
+                    cycle_length=FILES_AT_ONCE,
+                    num_parallel_calls=tf.data.AUTOTUNE,
+                    deterministic=True,
+                )
+                .shuffle(shuffle_buffer, seed, reshuffle_each_iteration=False)
+            )
+
+        if not shuffle_buffer:
+            return files.flat_map(read)
+        return tf.data.Dataset.from_tensors(seed).flat_map(shuffled)
+
+    def decoded(self, records, decode):
+        """Returns the data set of `decode(example, *more)`, without what is corrupt.
+
+        Args:
+            records: data set of `(file, record, encoded example, *more)`.
+            decode: function of the example, a dictionary, to a tuple of tensors.
+        """
+
+        def parse(encoded, *more):
+            example = self._features.deserialize_example(
+                encoded, decoders=self._decoders
+            )
+            return decode(example, *more)
+
+        def try_one(file, record, encoded, *more):
+            result = tf.data.Dataset.from_tensors((encoded, *more)).map(parse)
+            blank = tf.nest.map_structure(
+                lambda spec: tf.zeros([n or 0 for n in spec.shape], spec.dtype),
+                result.element_spec,
+            )
+            nothing = tf.data.Dataset.from_tensors((False, blank))
+            good = result.map(lambda *values: (True, values)).ignore_errors()
+            return (
+                good.concatenate(nothing)
+                .take(1)
+                .map(lambda good, values: (good, file, record, values))
+            )
+
+        def keep(good, file, record, values):
+            return tf.cond(
+                good,
+                lambda: True,
+                lambda: tf.numpy_function(self._report, [file, record], tf.bool),
+            )
+
+        return (
+            records.interleave(
+                try_one,
+                cycle_length=FILES_AT_ONCE,
+                num_parallel_calls=tf.data.AUTOTUNE,
+                deterministic=True,
+            )
+            .filter(keep)
+            .map(lambda good, file, record, values: values)
+        )
+
+    def _report(self, file, record):
+        key = int(file), int(record)
+        if key not in self.corrupt:
+            reason = self._reason(*key)
+            self.corrupt[key] = f"{self.paths[file]}, record {record}: {reason}"
+            if self.skip_corrupt:
+                print(f"Skipping {self.corrupt[key]}", file=sys.stderr, flush=True)
+        if not self.skip_corrupt:
+            raise OSError(self.corrupt[key])
+        return False
+
+    def _reason(self, file, record):
+        """Reads one record again, and returns the error."""
+        try:
+            for encoded in tf.data.TFRecordDataset(self.paths[file]).skip(record):
+                self._features.deserialize_example(encoded.numpy())
+                return "cannot be decoded"
+            return "the file ends before it"
+        except (tf.errors.OpError, ValueError) as error:
+            return getattr(error, "message", str(error)).splitlines()[0]
+
+
+def _download(builder):
+    folder = Path(builder.data_dir).resolve()
+    data_dir, wanted = folder.parents[1], f"{builder.name}/{builder.version}"
+    found = _misplaced(builder.name, data_dir)
+    if found:
+        raise FileNotFoundError(
+            f"data_dir={data_dir} does not hold {wanted}, but there is "
+            f"{', '.join(map(str, found))}; give the folder in which {wanted} lies."
+        )
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        raise FileNotFoundError(
+            f"data_dir={data_dir} does not hold {wanted}, which cannot be downloaded "
+            f"without an account; prepare it with TFDS (`tfds build {builder.name}`, "
+            f"https://www.tensorflow.org/datasets/catalog/{builder.name}), or give the "
+            "--data-dir in which it lies."
+        )
+    ((url, info),) = builder.url_infos.items()
+    print(f"Downloading {wanted}, {info.size}, from {url} to {data_dir}", flush=True)
+    problem = _unreachable(url)
+    if problem:
+        raise ConnectionError(
+            f"{folder} is not there, and {url} cannot be reached ({problem}). Run the "
+            f"command where there is a network, copy {wanted} from its data folder "
+            f"to {folder}, or give the --data-dir in which it lies."
+        )
+    builder.download_and_prepare()
+
+
+def _misplaced(name, data_dir):
+    """Returns where the data set lies in another version, or a level off."""
+    patterns = ("", "*/", f"{name}/*/", f"*/{name}/*/")
+    infos = [p for at in patterns for p in data_dir.glob(at + "dataset_info.json")]
+    return [info.parent for info in infos if name in info.parts]
+
+
+def _unreachable(url):
+    """Returns why `url` gives no answer within 15 seconds, `None` if it does.
+
+    TFDS itself repeats its attempts for minutes. The client is the one it uses, with
+    the same proxies and certificates; the thread is for look-ups of the host's name,
+    on which no timeout has a hold.
+    """
+    import requests
+
+    problem = ["no answer within 15 seconds"]
+
+    def ask():
+        try:
+            with requests.get(url, stream=True, timeout=10) as response:
+                response.raise_for_status()
+            problem[0] = None
+        except requests.RequestException as error:
+            problem[0] = type(error).__name__
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(15)
+    return problem[0]
