@@ -8,27 +8,35 @@ from twins import assert_close, images
 
 from revnet_tf import models
 
-# The authors' published configuration, computed by hand; 10 and 100 classes.
+# Number of classes: parameters, by hand from the authors' published configuration.
 PARAMETERS = {
-    "ResNet32": (464_154, 470_004),
-    "RevNet38": (464_890, 475_060),
-    "ResNet110": (1_727_962, 1_733_812),
-    "RevNet110": (1_729_194, 1_740_804),
-    "ResNet164": (1_703_258, 1_726_388),
-    "RevNet164": (1_748_778, 1_794_948),
+    "ResNet32": {10: 464_154, 100: 470_004},
+    "RevNet38": {10: 464_890, 100: 475_060},
+    "ResNet110": {10: 1_727_962, 100: 1_733_812},
+    "RevNet110": {10: 1_729_194, 100: 1_740_804},
+    "ResNet164": {10: 1_703_258, 100: 1_726_388},
+    "RevNet164": {10: 1_748_778, 100: 1_794_948},
+    "ResNet50": {1000: 25_549_352},
+    "RevNet56": {1000: 27_553_128},
+    "ResNet101": {1000: 44_541_480},
+    "RevNet104": {1000: 45_428_072},
 }
 
 
-def num_parameters(model):
+def num_parameters(layer):
     """Trainable ones, as the paper counts: without moving statistics."""
-    return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    return sum(int(np.prod(v.shape)) for v in layer.trainable_variables)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_papers(name):
-    network = getattr(models, name)
-    counts = tuple(num_parameters(network(classes=c)) for c in (10, 100))
-    assert counts == PARAMETERS[name]
+    model = getattr(models, name)()
+    top = num_parameters(model.get_layer("predictions"))
+    classes = model.output_shape[-1]
+    for other, count in PARAMETERS[name].items():
+        assert num_parameters(model) - top + top // classes * other == count
+    # The first is the default.
+    assert classes == next(iter(PARAMETERS[name]))
 
 
 @pytest.mark.parametrize("name", models.VARIANTS)
@@ -41,19 +49,19 @@ def test_depth_in_the_name_is_the_number_of_weight_layers(name):
 
 
 @pytest.mark.parametrize(
-    "name, widths",
-    [("RevNet38", (32, 64, 112)), ("ResNet32", (16, 32, 64)), ("RevNet164", None)],
+    "name, sizes, widths",
+    [
+        ("RevNet38", (32, 16, 8), (32, 64, 112)),
+        ("ResNet32", (32, 16, 8), (16, 32, 64)),
+        ("RevNet164", (32, 16, 8), (128, 256, 512)),
+        ("RevNet56", (56, 28, 14, 7), (512, 1024, 2048, 3328)),
+    ],
 )
-def test_stages_halve_the_size_and_have_the_listed_width(name, widths):
+def test_stages_halve_the_size_and_have_the_listed_width(name, sizes, widths):
     model = getattr(models, name)()
-    widths = widths or (128, 256, 512)  # bottleneck: 4 times 32, 64, 128
-    for i, (size, width) in enumerate(zip((32, 16, 8), widths, strict=True)):
-        assert model.get_layer(f"stage{i + 1}").output.shape == (
-            None,
-            size,
-            size,
-            width,
-        )
+    for i, (size, width) in enumerate(zip(sizes, widths, strict=True)):
+        output = model.get_layer(f"stage{i + 1}").output
+        assert output.shape == (None, size, size, width)
 
 
 def test_first_block_has_no_leading_batch_norm_in_f_only():
@@ -146,6 +154,13 @@ def test_without_top_features_have_open_size():
         assert model.output_shape == (None, 8)
 
 
+def test_imagenet_stem_leaves_a_quarter_of_any_size():
+    model = models.RevNet((1,), (8, 8), stem="imagenet", include_top=False)
+    assert model.output_shape == (None, None, None, 8)
+    for size, quarter in {64: 16, 65: 17, 7: 2}.items():
+        assert model(images(1, size, 2 * size, 3)).shape[1] == quarter
+
+
 def test_input_tensor_is_used():
     x = keras.Input((16, 16, 3))
     scaled = keras.layers.Rescaling(1 / 255)(x)
@@ -188,6 +203,7 @@ def test_predictions_are_float32_under_a_mixed_policy():
         (dict(num_blocks=(), channels=(8,)), "each stage needs a block"),
         (dict(num_blocks=(1,), channels=(8, 8), weights="imagenet"), "weights="),
         (dict(num_blocks=(1,), channels=(8, 8), pooling="mean"), "pooling="),
+        (dict(num_blocks=(1,), channels=(8, 8), stem="ImageNet"), "stem="),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
