@@ -89,20 +89,36 @@ def test_no_convolution_has_a_bias_and_norms_have_the_papers_constants():
     assert {(x.momentum, x.epsilon) for x in norms} == {(0.99, 1e-3)}
 
 
-def test_kernels_start_different_and_with_the_papers_spread():
-    model = models.RevNet38()
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(num_blocks=(3, 3), channels=(32, 32, 64)),
+        # With 7x7 and 1x1 kernels, in branches and shortcuts.
+        dict(
+            num_blocks=(2, 1), channels=(32, 32, 64), bottleneck=True, stem="imagenet"
+        ),
+    ],
+)
+@pytest.mark.parametrize("network", [models.RevNet, models.ResNet])
+def test_weights_start_as_in_the_authors_code(network, arguments):
+    model = network(classes=100, **arguments)
     kernels = [v.numpy() for v in model.trainable_variables if v.name == "kernel"]
-    convs = [k for k in kernels if k.ndim == 4]
+    *convs, dense = kernels
     for k in convs:
-        # Truncation at two standard deviations leaves 0.8796 of the deviation.
-        expected = 0.8796 * np.sqrt(2 / (k.shape[0] * k.shape[1] * k.shape[3]))
-        # The standard error of a deviation estimated from n values.
-        assert abs(k.std() / expected - 1) < 5 / np.sqrt(2 * k.size)
+        stddev = np.sqrt(2 / (k.shape[0] * k.shape[1] * k.shape[3]))
+        assert np.abs(k).max() <= 2 * stddev
+        # Truncation at two standard deviations leaves 0.8796 of the deviation, and
+        # the standard error of one estimated from n values is about 1 / sqrt(2 n).
+        assert abs(k.std() / (0.8796 * stddev) - 1) < 5 / np.sqrt(2 * k.size)
     firsts = [k.ravel()[:8].tobytes() for k in convs]
     assert len(set(firsts)) == len(firsts)
-    (dense,) = [k for k in kernels if k.ndim == 2]
     limit = np.sqrt(3 / dense.shape[0])
     assert 0.95 * limit < np.abs(dense).max() <= limit
+    assert abs(dense.std() / (limit / np.sqrt(3)) - 1) < 5 / np.sqrt(2 * dense.size)
+    starts = {"gamma": 1, "beta": 0, "bias": 0, "moving_mean": 0, "moving_variance": 1}
+    for v in model.variables:
+        if v.name in starts:
+            np.testing.assert_array_equal(v, np.full(v.shape, starts[v.name]))
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
