@@ -38,6 +38,7 @@ def build(recipe, images):
         recipe.num_blocks,
         recipe.channels,
         recipe.bottleneck,
+        stem="imagenet" if recipe.dataset == "imagenet2012" else "cifar",
         input_shape=images.image_shape,
         classes=len(images.class_names),
         classifier_activation=None,
