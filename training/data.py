@@ -66,7 +66,7 @@ def _in_memory(builder, skip_corrupt, test_in_mean):
         try:
             batches = list(examples.batch(1024).as_numpy_iterator())
         except tf.errors.OpError as error:
-            raise OSError(next(iter(records.corrupt.values()), error)) from error
+            raise OSError(next(iter(records.corrupt), error)) from error
         arrays += map(np.concatenate, zip(*batches, strict=True))
     class_names = builder.info.features["label"].names
     return ImagesInMemory(*arrays, class_names, test_in_mean, tuple(splits))

@@ -27,8 +27,8 @@ class Images:
 
     @property
     def corrupt(self):
-        """What was found corrupt so far: file, number of the record, and why."""
-        return [text for records in self.records for text in records.corrupt.values()]
+        """Of the corrupt records found so far: file, number in it, and why."""
+        return [text for records in self.records for text in records.corrupt]
 
     def normalize(self, images):
         return (tf.cast(images, tf.float32) - self.mean) / self.scale

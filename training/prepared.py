@@ -53,10 +53,6 @@ class Records:
         split: name of the split.
         skip_corrupt: whether to leave out what is corrupt.
         decoders: as TFDS takes them, for features that are not to be decoded.
-
-    Attributes:
-        corrupt: dictionary of the corrupt records found so far: number of the file and
-            of the record, and a text that names both and says why.
     """
 
     def __init__(self, builder, split, skip_corrupt=False, decoders=None):
@@ -68,7 +64,7 @@ class Records:
         self.paths = [str(path) for path in info.filepaths]
         self.lengths = info.shard_lengths
         self.skip_corrupt = skip_corrupt
-        self.corrupt = {}
+        self._corrupt = {}
         self._features = builder.info.features
         self._decoders = decoders
 
@@ -160,15 +156,25 @@ class Records:
             .map(lambda good, file, record, values: values)
         )
 
+    @property
+    def corrupt(self):
+        """Of the corrupt records found so far: file, number in it, and why."""
+        for key, text in self._corrupt.items():
+            if text is None:
+                file, record = key
+                text = f"{self.paths[file]}, record {record}: {self._reason(*key)}"
+                self._corrupt[key] = text
+        return list(self._corrupt.values())
+
     def _report(self, file, record):
+        # Within TensorFlow's threads: an operation that waits for another would block
+        # them, so the reason is found later.
         key = int(file), int(record)
-        if key not in self.corrupt:
-            reason = self._reason(*key)
-            self.corrupt[key] = f"{self.paths[file]}, record {record}: {reason}"
-            if self.skip_corrupt:
-                print(f"Skipping {self.corrupt[key]}", file=sys.stderr, flush=True)
+        if self.skip_corrupt and key not in self._corrupt:
+            print(f"Skipping {self.paths[file]}, record {record}", file=sys.stderr)
+        self._corrupt.setdefault(key)
         if not self.skip_corrupt:
-            raise OSError(self.corrupt[key])
+            raise OSError("a corrupt record")
         return False
 
     def _reason(self, file, record):

@@ -86,7 +86,7 @@ def test_corrupt_records_are_left_out_and_counted_where_that_is_asked_for(
     ]
     lines = capfd.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("Skipping")] == [
-        f"Skipping {text}" for text in images.corrupt
+        f"Skipping {copy / NAME}, record {i}" for i in left_out
     ]
 
 
