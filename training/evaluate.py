@@ -19,7 +19,7 @@ def score(run_dir, images):
     model = keras.models.load_model(run_dir / "model.keras")
     model.compile(
         loss=keras.losses.SparseCategoricalCrossentropy(),
-        metrics=[
+        weighted_metrics=[
             keras.metrics.SparseCategoricalAccuracy("accuracy"),
             keras.metrics.SparseCategoricalCrossentropy("cross_entropy"),
         ],

@@ -50,7 +50,7 @@ def build(recipe, images):
     network.compile(
         optimizer=keras.optimizers.SGD(learning_rate(recipe), recipe.momentum),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[
+        weighted_metrics=[
             keras.metrics.SparseCategoricalAccuracy("accuracy"),
             # What Keras reports as `loss` has the regularization in it.
             keras.metrics.SparseCategoricalCrossentropy(

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from training import prepared
-from training.images import Images
+from training.images import Images, full_batches
 
 SIZE = 224
 # Encoded images, some 110 KB each, from which the next is drawn.
@@ -69,7 +69,7 @@ class ImageNet(Images):
             return self.normalize(image) if normalize else image, example["label"]
 
         examples = self.test.decoded(self.test.encoded(), example)
-        return examples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+        return full_batches(examples, len(self.test), batch_size)
 
 
 def random_crop(encoded, key):

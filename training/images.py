@@ -55,10 +55,10 @@ class Images:
         raise NotImplementedError
 
     def test_batches(self, batch_size, normalize=True):
-        """Returns all test images in their order, `(images, labels)`.
+        """Returns all test images in their order, `(images, labels, weights)`.
 
         Args:
-            batch_size: the last batch may be smaller.
+            batch_size: of all batches; blank images of weight 0 fill up the last one.
             normalize: whether for the network, or as `uint8` for the serving model.
         """
         raise NotImplementedError
@@ -120,12 +120,33 @@ class ImagesInMemory(Images):
         )
 
     def test_batches(self, batch_size, normalize=True):
-        batches = tf.data.Dataset.from_tensor_slices(
+        examples = tf.data.Dataset.from_tensor_slices(
             (self.test_images, self.test_labels)
-        ).batch(batch_size)
+        )
         if normalize:
-            batches = batches.map(lambda x, y: (self.normalize(x), y))
-        return batches.prefetch(tf.data.AUTOTUNE)
+            examples = examples.map(lambda x, y: (self.normalize(x), y))
+        return full_batches(examples, len(self.test_images), batch_size)
+
+
+def full_batches(examples, count, batch_size):
+    """Returns the batches of `(image, label, weight)`, the last one filled with blanks.
+
+    A rest that is smaller than the batch would leave nothing to some replicas, and a
+    convolution of no image has had outputs of a wrong shape (TensorFlow 2.21, CPU).
+
+    Args:
+        examples: data set of at most `count` images and labels.
+        count: number of examples that decides on the number of batches.
+        batch_size: of every batch.
+    """
+    blank = tf.nest.map_structure(
+        lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec
+    )
+    blanks = tf.data.Dataset.from_tensors((*blank, 0.0)).repeat()
+    examples = examples.map(lambda image, label: (image, label, 1.0))
+    size = -(-count // batch_size) * batch_size
+    batches = examples.concatenate(blanks).take(size).batch(batch_size, True)
+    return batches.prefetch(tf.data.AUTOTUNE)
 
 
 def augment(image, key, recipe):

@@ -159,7 +159,7 @@ class Records:
     @property
     def corrupt(self):
         """Of the corrupt records found so far: file, number in it, and why."""
-        for key, text in self._corrupt.items():
+        for key, text in list(self._corrupt.items()):
             if text is None:
                 file, record = key
                 text = f"{self.paths[file]}, record {record}: {self._reason(*key)}"

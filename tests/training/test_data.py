@@ -112,13 +112,14 @@ def test_about_half_of_the_images_are_flipped():
     assert 0.35 < flipped.mean() < 0.65  # 200 draws: 4 standard deviations
 
 
-def test_test_images_come_in_order_and_with_the_last_smaller_batch():
+def test_test_images_come_in_order_and_blanks_of_no_weight_fill_the_last_batch():
     images = numbered_images(10)
-    batches = list(images.test_batches(4, normalize=False).as_numpy_iterator())
-    assert [len(y) for _, y in batches] == [4, 3]
-    np.testing.assert_array_equal(
-        np.concatenate([x for x, _ in batches]), images.test_images
-    )
+    batches = images.test_batches(4, normalize=False).as_numpy_iterator()
+    x, y, weights = zip(*batches, strict=True)
+    assert [len(labels) for labels in y] == [4, 4]
+    np.testing.assert_array_equal(np.concatenate(x)[:7], images.test_images)
+    np.testing.assert_array_equal(np.concatenate(y)[:7], images.test_labels)
+    np.testing.assert_array_equal(np.concatenate(weights), 7 * [1] + [0])
 
 
 def test_batch_larger_than_the_training_set_is_refused():

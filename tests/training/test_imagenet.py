@@ -88,11 +88,12 @@ def test_test_images_come_in_order_for_the_network_and_for_the_serving_model(
 ):
     images = load(imagenet_dir)
     served = list(images.test_batches(3, normalize=False).as_numpy_iterator())
-    assert [len(y) for _, y in served] == [3, 2]
-    assert [*served[0][1], *served[1][1]] == [0, 10, 20, 30, 40]
-    for (x, _), (raw, _) in zip(images.test_batches(3), served, strict=True):
+    assert [*served[0][1], *served[1][1]] == [0, 10, 20, 30, 40, 0]
+    assert [*served[0][2], *served[1][2]] == [1, 1, 1, 1, 1, 0]
+    for (x, _, weights), (raw, *_) in zip(images.test_batches(3), served, strict=True):
         assert raw.dtype == np.uint8
-        np.testing.assert_allclose(x, raw / 127.5 - 1, atol=1e-6)
+        count = int(sum(weights))
+        np.testing.assert_allclose(x[:count], raw[:count] / 127.5 - 1, atol=1e-6)
 
 
 def with_junk(imagenet_dir, folder, split, numbers):
@@ -139,6 +140,7 @@ def train(data_dir, run_dir, *flags):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=600,
     )
 
 
@@ -158,6 +160,14 @@ def test_line_of_the_readme_trains_revnet104_on_two_devices(
     if not network:
         assert "45,428,072 parameters" in done.stdout
     assert (tmp_path / "run" / "result.json").is_file()
+
+
+def test_corrupt_test_images_are_left_out_of_the_score(imagenet_dir, tmp_path):
+    with_junk(imagenet_dir, tmp_path / "copy", "validation", [1, 4])
+    images = load(tmp_path / "copy", skip_corrupt=True)
+    _, y, weights = zip(*images.test_batches(4).as_numpy_iterator(), strict=True)
+    assert list(np.concatenate(y)) == [0, 20, 30, 0, 0, 0, 0, 0]
+    assert list(np.concatenate(weights)) == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_corrupt_image_in_the_middle_of_training_is_named(imagenet_dir, tmp_path):
