@@ -139,6 +139,7 @@ class DownsamplingBlock(TwoStreamLayer):
     """
 
     LAYERS = ("f", "g", "shortcut1", "shortcut2")
+    keeps_inputs = True
 
     def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
         super().__init__(**kwargs)

@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from revnet_tf import fixed_point
+
 
 class Branch(NamedTuple):
     """A function without side effects, and where its parameters stand in the run's.
@@ -62,16 +64,20 @@ class Branch(NamedTuple):
 
 
 class Coupling(NamedTuple):
-    """A reversible block: keeps nothing between forward and backward but its states."""
+    """A reversible block: keeps nothing between forward and backward but its states.
+
+    With `fraction_bits` the streams are fixed-point numbers: `fixed_point`.
+    """
 
     f: Branch
     g: Branch
+    fraction_bits: int | None = None
 
     def forward(self, x1, x2, weights, state):
         (fx,), after_f, f_losses, f_read = self.f(weights, state, x2)
-        y1 = add(x1, fx)
+        y1 = add(x1, fx, self.fraction_bits)
         (gy,), after_g, g_losses, g_read = self.g(weights, after_f, y1)
-        y2 = add(x2, gy)
+        y2 = add(x2, gy, self.fraction_bits)
         kept = (state, f_read), (after_f, g_read), len(f_losses)
         return y1, y2, after_g, [*f_losses, *g_losses], kept
 
@@ -81,11 +87,11 @@ class Coupling(NamedTuple):
         (gy,), (dy1,) = _vjp(
             self.g, weights, before_g, [y1], [d2], d_losses[count:], [d1], accumulate
         )
-        x2, d1 = y2 - gy, d1 + dy1
+        x2, d1 = subtract(y2, gy, self.fraction_bits), d1 + dy1
         (fx,), (dx2,) = _vjp(
             self.f, weights, before_f, [x2], [d1], d_losses[:count], [d2], accumulate
         )
-        x1, d2 = y1 - fx, d2 + dx2
+        x1, d2 = subtract(y1, fx, self.fraction_bits), d2 + dx2
         return x1, x2, d1, d2
 
 
@@ -216,15 +222,29 @@ def inverse(steps, y1, y2, weights=(), state=()):
     """Returns the streams that `Coupling` steps map to `(y1, y2)`; drops new states."""
     for step in reversed(steps):
         (gy,), *_ = step.g(weights, state, y1)
-        x2 = y2 - gy
+        x2 = subtract(y2, gy, step.fraction_bits)
         (fx,), *_ = step.f(weights, state, x2)
-        y1, y2 = y1 - fx, x2
+        y1, y2 = subtract(y1, fx, step.fraction_bits), x2
     return y1, y2
 
 
-def add(x, y):
-    """Returns `x + y` without broadcasting: the sum could not be undone."""
-    return tf.add_n([x, y])
+def add(x, change, fraction_bits=None):
+    """Returns `x + change` without broadcasting: such a sum could not be undone.
+
+    Of fixed-point numbers it is exact, and its gradient that of the plain sum.
+    """
+    if fraction_bits is not None:
+        quantized = fixed_point.quantize(change, fraction_bits)
+        change = fixed_point.straight_through(change, quantized)
+    y = tf.add_n([x, change])
+    return y if fraction_bits is None else fixed_point.check(y, fraction_bits)
+
+
+def subtract(y, change, fraction_bits=None):
+    """Returns the `x` of which `add` has made `y`."""
+    if fraction_bits is not None:
+        change = fixed_point.quantize(change, fraction_bits)
+    return y - change
 
 
 def _custom_gradient(function, *arguments):

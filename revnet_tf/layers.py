@@ -3,12 +3,18 @@
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling, pure
+from revnet_tf import coupling, fixed_point, pure
 from revnet_tf.streams import TwoStreamLayer
 
 
 class _ReversibleLayer(TwoStreamLayer):
     """A layer whose steps are all a `coupling.Coupling`, so that it has an inverse."""
+
+    def __init__(self, *, fraction_bits=None, **kwargs):
+        super().__init__(**kwargs)
+        if fraction_bits is not None:
+            fixed_point.validate(fraction_bits, self.compute_dtype)
+        self.fraction_bits = fraction_bits
 
     def inverse(self, outputs, training=False, mask=None, **kwargs):
         """Returns the input that the layer maps to `outputs`; updates no state.
@@ -37,6 +43,9 @@ class _ReversibleLayer(TwoStreamLayer):
         streams = coupling.inverse(steps, *self._split(outputs), *variables.values())
         return self._join(*streams, outputs)
 
+    def get_config(self):
+        return {**super().get_config(), "fraction_bits": self.fraction_bits}
+
 
 @keras.saving.register_keras_serializable("revnet_tf")
 class RevBlock(_ReversibleLayer):
@@ -57,6 +66,12 @@ class RevBlock(_ReversibleLayer):
         recompute: if `False`, use ordinary backpropagation (same values, more memory);
             can be set at any time, and takes effect when the model is traced next.
             Defaults to `True`.
+        fraction_bits: integer `k`: the streams are fixed-point numbers, multiples of
+            `2**-k` between `-2**(24 - k)` and `2**(24 - k)` (in float64, 53 for 24),
+            and are rebuilt bit for bit. The input and what the branches return are
+            rounded to them, which gradients pass as if it were not there; leaving the
+            range is an error, under XLA NaN. 10 to 14 suit a network with
+            normalization. Defaults to `None`, floating-point streams.
         **kwargs: arguments of `keras.layers.Layer`. The streams have the variable
             dtype of the policy, float32 under `mixed_float16` and `mixed_bfloat16`.
 
@@ -92,8 +107,10 @@ class RevBlock(_ReversibleLayer):
         Gomez et al., 2017, section 3.1, https://arxiv.org/abs/1707.04585
     """
 
-    def __init__(self, f, g, *, axis=-1, recompute=True, **kwargs):
-        super().__init__(axis=axis, recompute=recompute, **kwargs)
+    def __init__(self, f, g, *, axis=-1, recompute=True, fraction_bits=None, **kwargs):
+        super().__init__(
+            axis=axis, recompute=recompute, fraction_bits=fraction_bits, **kwargs
+        )
         for name, branch in (("f", f), ("g", g)):
             if not isinstance(branch, keras.layers.Layer):
                 raise ValueError(f"{name}={branch!r} must be a Keras layer or model.")
@@ -119,10 +136,15 @@ class RevBlock(_ReversibleLayer):
             )
 
     def forward(self, x1, x2, arguments):
-        fx = self.f(x2, training=arguments.training, **arguments.of(self.f, 1))
-        y1 = coupling.add(x1, tf.cast(fx, x1.dtype))
-        gy = self.g(y1, training=arguments.training, **arguments.of(self.g, 0))
-        return y1, coupling.add(x2, tf.cast(gy, x2.dtype))
+        # A branch that uses its input several times has as many gradients for it. They
+        # are added up before that of the other stream is, as the recomputation does it,
+        # so that both get the same bits.
+        x = tf.identity(x2)
+        fx = self.f(x, training=arguments.training, **arguments.of(self.f, 1))
+        y1 = coupling.add(x1, tf.cast(fx, x1.dtype), self.fraction_bits)
+        y = tf.identity(y1)
+        gy = self.g(y, training=arguments.training, **arguments.of(self.g, 0))
+        return y1, coupling.add(x2, tf.cast(gy, x2.dtype), self.fraction_bits)
 
     def step(self, variables, arguments):
         def branch(layer, stream):
@@ -133,7 +155,9 @@ class RevBlock(_ReversibleLayer):
 
             return variables.branch(layer, call, arguments.of(layer, stream))
 
-        return coupling.Coupling(branch(self.f, 1), branch(self.g, 0))
+        return coupling.Coupling(
+            branch(self.f, 1), branch(self.g, 0), self.fraction_bits
+        )
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
@@ -150,6 +174,7 @@ class RevSequence(_ReversibleLayer):
             it says of `recompute` and `trainable`.
         recompute: if `False`, use ordinary backpropagation for all blocks (same values,
             more memory). Defaults to `True`.
+        fraction_bits: as for `RevBlock`, for all blocks. Defaults to theirs.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Call arguments, output shape, raises:
@@ -161,7 +186,9 @@ class RevSequence(_ReversibleLayer):
 
     LAYERS = ("blocks",)
 
-    def __init__(self, blocks, *, recompute=True, dtype=None, **kwargs):
+    def __init__(
+        self, blocks, *, recompute=True, fraction_bits=None, dtype=None, **kwargs
+    ):
         flat = []
         for block in blocks:
             if isinstance(block, RevSequence):
@@ -192,7 +219,17 @@ class RevSequence(_ReversibleLayer):
                 "A block of a sequence has no activity that is kept, so its "
                 "activity_regularizer would do nothing; give it to f or g."
             )
-        super().__init__(axis=axis, recompute=recompute, dtype=stream_dtype, **kwargs)
+        if fraction_bits is not None:
+            for block in flat:
+                if block.fraction_bits is None:
+                    block.fraction_bits = fraction_bits
+        super().__init__(
+            axis=axis,
+            recompute=recompute,
+            fraction_bits=_common(flat, "fraction_bits"),
+            dtype=stream_dtype,
+            **kwargs,
+        )
         self.supports_masking = all(block.supports_masking for block in flat)
         self.blocks = flat
         for i, block in enumerate(flat):
@@ -229,6 +266,6 @@ def _common(blocks, name):
     values = {getattr(block, name) for block in blocks}
     if len(values) > 1:
         raise ValueError(
-            f"blocks differ in {name}, {sorted(values)}; give all the same."
+            f"blocks differ in {name}, {sorted(values, key=str)}; give all the same."
         )
     return values.pop()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling, pure
+from revnet_tf import coupling, fixed_point, pure
 
 # Attribute of a symbolic output tensor: how the layer that is called on it next finds
 # the `coupling.Handoff` of the run that made it.
@@ -56,6 +56,10 @@ class TwoStreamLayer(keras.layers.Layer):
     """
 
     LAYERS = ("f", "g")
+    # Of the streams as fixed-point numbers, `None` for floating-point ones.
+    fraction_bits = None
+    # Whether the gradient needs no more than the layer's inputs, which it keeps.
+    keeps_inputs = False
 
     def __init__(self, *, axis=-1, recompute=True, dtype=None, **kwargs):
         policy = keras.dtype_policies.get(dtype)
@@ -114,7 +118,9 @@ class TwoStreamLayer(keras.layers.Layer):
         axis = self._axis_of(inputs)
         arguments = self._arguments(inputs, training, mask, kwargs)
         x1, x2 = self._split(inputs)
-        received = _handoff_of(inputs, axis)
+        received = self._handoff_of(inputs, axis)
+        if self.fraction_bits is not None and received is None:
+            x1, x2 = (fixed_point.convert(x, self.fraction_bits) for x in (x1, x2))
         for layers, recompute in self.runs():
             if recompute and arguments.training:
                 result = self._run(layers, x1, x2, arguments, received)
@@ -124,8 +130,26 @@ class TwoStreamLayer(keras.layers.Layer):
                     x1, x2 = layer.forward(x1, x2, arguments)
                 received = None
         outputs = self._join(x1, x2, inputs)
-        _record_handoff(outputs, axis, received)
+        self._record_handoff(outputs, axis, received)
         return outputs
+
+    def _handoff_of(self, inputs, axis):
+        """Returns the handoff of the run that made exactly these inputs, or `None`."""
+        if tf.executing_eagerly():
+            return None
+        made_by = [getattr(x, _MADE_BY, None) for x in tf.nest.flatten(inputs)]
+        if None in made_by:
+            return None
+        handoff, fraction_bits, *_ = made_by[0]
+        expected = [(handoff, fraction_bits, axis, i) for i in range(len(made_by))]
+        # Another format would give back other numbers than those it was given.
+        same_format = fraction_bits == self.fraction_bits or self.keeps_inputs
+        return handoff if made_by == expected and same_format else None
+
+    def _record_handoff(self, outputs, axis, handoff):
+        if handoff is not None and not tf.executing_eagerly():
+            for i, y in enumerate(tf.nest.flatten(outputs)):
+                setattr(y, _MADE_BY, (handoff, self.fraction_bits, axis, i))
 
     def _run(self, layers, x1, x2, arguments, received):
         variables = pure.Variables()
@@ -319,21 +343,3 @@ def _static_bool(training):
 
 def _is_pair(inputs):
     return isinstance(inputs, (list, tuple))
-
-
-def _handoff_of(inputs, axis):
-    """Returns the handoff of the run that made exactly these inputs, or `None`."""
-    if tf.executing_eagerly():
-        return None
-    made_by = [getattr(x, _MADE_BY, None) for x in tf.nest.flatten(inputs)]
-    if None in made_by:
-        return None
-    handoff = made_by[0][0]
-    expected = [(handoff, axis, i) for i in range(len(made_by))]
-    return handoff if made_by == expected else None
-
-
-def _record_handoff(outputs, axis, handoff):
-    if handoff is not None and not tf.executing_eagerly():
-        for i, y in enumerate(tf.nest.flatten(outputs)):
-            setattr(y, _MADE_BY, (handoff, axis, i))

@@ -1,0 +1,71 @@
+"""Streams of fixed-point numbers, whose sums can be undone bit for bit.
+
+A multiple of `2**-k` that is smaller than `2**(24 - k)` is a float32 number, and so are
+the sums and differences of such numbers, as long as they stay in that range: nothing is
+rounded, and `(x + y) - y` is `x`. (Float64 has 53 digits where float32 has 24.)
+"""
+
+import numpy as np
+import tensorflow as tf
+
+
+def validate(fraction_bits, dtype):
+    """Raises `ValueError` unless numbers of `dtype` can have these fraction bits."""
+    if dtype not in ("float32", "float64"):
+        raise ValueError(
+            f"fraction_bits={fraction_bits!r} needs streams in float32 or float64, and "
+            f"these are in {dtype}; change the variable dtype of the block's policy."
+        )
+    most = np.finfo(dtype).nmant - 1
+    if type(fraction_bits) is not int or not 0 <= fraction_bits <= most:
+        raise ValueError(
+            f"fraction_bits={fraction_bits!r} must be an integer from 0 to {most}, or "
+            "None."
+        )
+
+
+def limit(dtype, fraction_bits):
+    """Returns the number below which all numbers of the format have to stay."""
+    return 2.0 ** (np.finfo(dtype).nmant + 1 - fraction_bits)
+
+
+def quantize(x, fraction_bits):
+    """Returns the nearest multiples of `2**-fraction_bits`, halves to the even one."""
+    return tf.round(x * 2.0**fraction_bits) * 2.0**-fraction_bits
+
+
+def convert(x, fraction_bits):
+    """Returns floating-point numbers as fixed-point ones, with their gradient."""
+    return check(straight_through(x, quantize(x, fraction_bits)), fraction_bits)
+
+
+def straight_through(x, quantized):
+    """Returns `quantized` with the gradient of `x`.
+
+    The difference of a number and its nearest multiple is exact, and so is the sum.
+    """
+    return x + tf.stop_gradient(quantized - x)
+
+
+def check(x, fraction_bits):
+    """Returns `x`, or NaN if a number is out of range.
+
+    Raises:
+        tf.errors.InvalidArgumentError: a number is out of range; not under XLA, which
+            leaves assertions out.
+    """
+    bound = limit(x.dtype.as_numpy_dtype, fraction_bits)
+    largest = tf.reduce_max(tf.abs(x))
+    # (Of no numbers the largest is minus infinity. NaN is not below the bound.)
+    in_range = largest < bound
+    tf.debugging.Assert(
+        in_range,
+        [
+            f"A stream has left the range of its fixed-point numbers, +-{bound:g} with "
+            f"fraction_bits={fraction_bits}, or is no longer finite. Use fewer "
+            "fraction bits, or normalize the outputs of the branches. Its largest "
+            "number:",
+            largest,
+        ],
+    )
+    return tf.where(in_range, x, tf.constant(np.nan, x.dtype))

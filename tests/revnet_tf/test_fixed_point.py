@@ -1,0 +1,148 @@
+"""With fixed-point streams the recomputation has the bits of the forward pass."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from twins import images, loss_and_gradients, twins
+
+from revnet_tf import RevBlock, RevSequence, fixed_point
+
+layers = keras.layers
+
+
+@pytest.fixture
+def same_sums():
+    """TensorFlow's optimizer adds the gradients of ordinary graphs in another order."""
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    yield
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
+
+
+def branch():
+    return keras.Sequential(
+        [
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Conv2D(2, 3, padding="same", use_bias=False),
+            layers.Dropout(0.2),
+        ]
+    )
+
+
+def blocks(count, **options):
+    return [RevBlock(branch(), branch(), **options) for _ in range(count)]
+
+
+def stacked(count, formats, recompute):
+    """Returns a model of blocks whose formats take turns."""
+    x = y = keras.Input((4, 4, 4))
+    for i in range(count):
+        (block,) = blocks(1, fraction_bits=formats[i % len(formats)])
+        block.recompute = recompute
+        y = block(y)
+    return keras.Model(x, y)
+
+
+def assert_same_bits(pair, x, mode):
+    step = loss_and_gradients
+    if mode == "graph":
+        step = tf.function(step, autograph=False)
+    for a, b in zip(*(tf.nest.flatten(step(layer, x)) for layer in pair), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_numbers_become_the_nearest_multiples_of_a_quarter():
+    x = tf.constant([0.1, 0.125, 0.13, 0.375, -0.3, 5.0])
+    expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # halves to the even multiple
+    np.testing.assert_array_equal(fixed_point.quantize(x, 2), expected)
+
+
+def test_rounding_is_exact_and_its_gradient_one():
+    x = tf.constant(np.random.default_rng(0).normal(size=10_000) * 3, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = fixed_point.convert(x, 10)
+    np.testing.assert_array_equal(y, fixed_point.quantize(x, 10))
+    np.testing.assert_array_equal(tape.gradient(y, x), np.ones(10_000))
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_gradients_are_those_of_stored_activations_to_the_last_bit(
+    policy, mode, count, same_sums
+):
+    keras.config.set_dtype_policy(policy)
+    pair = twins(lambda: RevSequence(blocks(count), fraction_bits=14), (None, 4, 4, 4))
+    assert_same_bits(pair, images(4, 4, 4, 4), mode)
+
+
+def test_without_fixed_point_numbers_the_gradients_differ(same_sums):
+    pair = twins(lambda: RevSequence(blocks(5)), (None, 4, 4, 4))
+    with pytest.raises(AssertionError):
+        assert_same_bits(pair, images(4, 4, 4, 4), "eager")
+
+
+@pytest.mark.parametrize("formats", [(12,), (12, None), (12, 14)])
+def test_blocks_of_different_formats_do_not_spoil_each_other(formats, same_sums):
+    results = []
+    for recompute in (True, False):
+        keras.utils.set_random_seed(0)
+        model = stacked(6, formats, recompute)
+        step = tf.function(loss_and_gradients, autograph=False)
+        results.append(step(model, images(4, 4, 4, 4)))
+    exact = None not in formats
+    for a, b in zip(*results, strict=True):
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_inverse_returns_the_very_bits(run):
+    layer = RevSequence(blocks(20), fraction_bits=10)
+    x = fixed_point.quantize(images(4, 4, 4, 4), 10)
+    layer.build(x.shape)
+    back = run(lambda x: layer.inverse(layer(x, training=False)))(x)
+    np.testing.assert_array_equal(back, x)
+
+
+class Scale(layers.Layer):
+    def call(self, x):
+        return 100 * x
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_leaving_the_range_is_an_error_and_nan_under_xla(run, request, recompute):
+    layer = RevBlock(Scale(), Scale(), fraction_bits=14, recompute=recompute)
+    x = np.ones((1, 2), np.float32)  # to 101 and 10,101; the range ends at 1,024
+    layer.build((1, 2))
+
+    def call():
+        return run(lambda x: layer(x, training=True))(x)
+
+    if "xla" in request.node.callspec.id:
+        assert np.isnan(call()).any()
+    else:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="fraction_bits=14"):
+            call()
+
+
+@pytest.mark.parametrize("bits", [-1, 23, 1.5, True])
+def test_impossible_fraction_bits_are_refused(bits):
+    with pytest.raises(ValueError, match="fraction_bits="):
+        RevBlock(branch(), branch(), fraction_bits=bits)
+
+
+def test_streams_of_too_few_digits_are_refused():
+    with pytest.raises(ValueError, match="streams in float32 or float64"):
+        RevBlock(branch(), branch(), fraction_bits=4, dtype="bfloat16")
+
+
+def test_sequence_gives_its_format_to_blocks_without_one_and_takes_theirs():
+    assert RevSequence(blocks(2, fraction_bits=9)).fraction_bits == 9
+    sequence = RevSequence(blocks(2), fraction_bits=8)
+    assert [block.fraction_bits for block in sequence.blocks] == [8, 8]
+    with pytest.raises(ValueError, match="differ in fraction_bits"):
+        RevSequence(blocks(1, fraction_bits=9) + blocks(1), fraction_bits=8)
