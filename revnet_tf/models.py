@@ -93,6 +93,7 @@ def RevNet(
     classifier_activation="softmax",
     kernel_regularizer=None,
     recompute=True,
+    fraction_bits=None,
     name="revnet",
 ):
     """Returns a reversible residual network as a functional `keras.Model`.
@@ -118,6 +119,7 @@ def RevNet(
         classifier_activation: of the dense layer; `None` returns logits.
         kernel_regularizer: of all convolutions and of the dense layer.
         recompute: if `False`, use ordinary backpropagation (same values, more memory).
+        fraction_bits: of the streams, rebuilt bit for bit; as for `RevBlock`.
         name: of the model.
 
     Returns:
@@ -137,7 +139,9 @@ def RevNet(
             "even numbers."
         )
     return _network(
-        functools.partial(_reversible_stage, recompute=recompute),
+        functools.partial(
+            _reversible_stage, recompute=recompute, fraction_bits=fraction_bits
+        ),
         num_blocks,
         channels,
         bottleneck,
@@ -319,7 +323,15 @@ def _network(
 
 
 def _reversible_stage(
-    x, parts, num_blocks, filters, strides, preactivation, name, recompute
+    x,
+    parts,
+    num_blocks,
+    filters,
+    strides,
+    preactivation,
+    name,
+    recompute,
+    fraction_bits,
 ):
     half = filters // 2
     f = parts.branch(half, strides, preactivation)
@@ -339,7 +351,9 @@ def _reversible_stage(
     for _ in range(num_blocks - 1):
         blocks.append(RevBlock(parts.branch(half), parts.branch(half)))
     if blocks:
-        x = RevSequence(blocks, recompute=recompute, name=name)(x)
+        x = RevSequence(
+            blocks, recompute=recompute, fraction_bits=fraction_bits, name=name
+        )(x)
     return x
 
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from twins import images, loss_and_gradients, twins
 
-from revnet_tf import RevBlock, RevSequence, fixed_point
+from revnet_tf import RevBlock, RevSequence, fixed_point, models
 
 layers = keras.layers
 
@@ -146,3 +146,19 @@ def test_sequence_gives_its_format_to_blocks_without_one_and_takes_theirs():
     assert [block.fraction_bits for block in sequence.blocks] == [8, 8]
     with pytest.raises(ValueError, match="differ in fraction_bits"):
         RevSequence(blocks(1, fraction_bits=9) + blocks(1), fraction_bits=8)
+
+
+def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(same_sums):
+    results = []
+    for recompute in (True, False):
+        keras.utils.set_random_seed(0)
+        model = models.RevNet(
+            (2, 2), (8, 8, 16), input_shape=(8, 8, 3), fraction_bits=14
+        )
+        for layer in model.layers:
+            if isinstance(layer, RevSequence):
+                layer.recompute = recompute
+        step = tf.function(loss_and_gradients, autograph=False)
+        results.append(step(model, images(4, 8, 8, 3)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
