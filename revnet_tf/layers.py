@@ -219,17 +219,22 @@ class RevSequence(_ReversibleLayer):
                 "A block of a sequence has no activity that is kept, so its "
                 "activity_regularizer would do nothing; give it to f or g."
             )
-        if fraction_bits is not None:
-            for block in flat:
-                if block.fraction_bits is None:
-                    block.fraction_bits = fraction_bits
+        if fraction_bits is None:
+            fraction_bits = _common(flat, "fraction_bits")
+        elif others := {block.fraction_bits for block in flat} - {None, fraction_bits}:
+            raise ValueError(
+                f"fraction_bits={fraction_bits} is not that of all blocks, which have "
+                f"{sorted(others)}, too; give it to the sequence only."
+            )
         super().__init__(
             axis=axis,
             recompute=recompute,
-            fraction_bits=_common(flat, "fraction_bits"),
+            fraction_bits=fraction_bits,
             dtype=stream_dtype,
             **kwargs,
         )
+        for block in flat:
+            block.fraction_bits = fraction_bits
         self.supports_masking = all(block.supports_masking for block in flat)
         self.blocks = flat
         for i, block in enumerate(flat):

@@ -142,10 +142,16 @@ def test_streams_of_too_few_digits_are_refused():
 
 def test_sequence_gives_its_format_to_blocks_without_one_and_takes_theirs():
     assert RevSequence(blocks(2, fraction_bits=9)).fraction_bits == 9
-    sequence = RevSequence(blocks(2), fraction_bits=8)
+    sequence = RevSequence(blocks(1, fraction_bits=8) + blocks(1), fraction_bits=8)
     assert [block.fraction_bits for block in sequence.blocks] == [8, 8]
-    with pytest.raises(ValueError, match="differ in fraction_bits"):
-        RevSequence(blocks(1, fraction_bits=9) + blocks(1), fraction_bits=8)
+
+
+@pytest.mark.parametrize("given", [None, 8, 99])
+def test_sequence_refuses_blocks_of_another_format_and_leaves_them_alone(given):
+    mixed = blocks(1, fraction_bits=9) + blocks(1)
+    with pytest.raises(ValueError, match="fraction_bits"):
+        RevSequence(mixed, fraction_bits=given)
+    assert [block.fraction_bits for block in mixed] == [9, None]
 
 
 def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(same_sums):
