@@ -61,6 +61,12 @@ class Records:
             raise OSError(
                 f"{builder.data_dir} has no split {split!r}; prepare it again."
             )
+        format = builder.info.file_format.value
+        if format != "tfrecord":
+            raise OSError(
+                f"{builder.data_dir} is written as {format}; prepare it again as "
+                "tfrecord, TFDS's default."
+            )
         self.paths = [str(path) for path in info.filepaths]
         self.lengths = info.shard_lengths
         self.skip_corrupt = skip_corrupt

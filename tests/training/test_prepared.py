@@ -118,6 +118,15 @@ def test_missing_split_is_named(prepared):
         prepared_data.Records(builder, "validation")
 
 
+def test_other_file_format_is_named(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    info = tmp_path / "copy" / "cifar10" / "3.0.2" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"tfrecord"', '"array_record"'))
+    builder = prepared_data.builder("cifar10", tmp_path / "copy")
+    with pytest.raises(OSError, match="is written as array_record; prepare it again"):
+        prepared_data.Records(builder, "train")
+
+
 def test_data_set_that_cannot_be_downloaded_is_refused_with_the_way(tmp_path):
     with pytest.raises(FileNotFoundError, match="tfds build imagenet2012"):
         prepared_data.builder("imagenet2012", tmp_path)
