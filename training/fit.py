@@ -33,7 +33,12 @@ def learning_rate(recipe):
 
 def build(recipe, images):
     """Returns the compiled network: normalized images to logits."""
-    options = {"recompute": recipe.recompute} if recipe.reversible else {}
+    options = {}
+    if recipe.reversible:
+        options = {
+            "recompute": recipe.recompute,
+            "fraction_bits": recipe.fraction_bits,
+        }
     network = (models.RevNet if recipe.reversible else models.ResNet)(
         recipe.num_blocks,
         recipe.channels,

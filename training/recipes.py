@@ -24,6 +24,8 @@ class Recipe:
         bottleneck: whether branches are 1x1, 3x3, 1x1 rather than two 3x3.
         recompute: whether a RevNet rebuilds activations in the backward pass instead
             of storing them. A ResNet always stores them.
+        fraction_bits: of the streams of a RevNet as fixed-point numbers, which are
+            rebuilt bit for bit; floating-point ones if not given.
         global_batch_size: images per step, over all replicas.
         learning_rate: of the first step, or, with a warm-up, the highest.
         schedule: `"piecewise"` (divided by ten at each of `decay_steps`), or
@@ -61,6 +63,7 @@ class Recipe:
     warmup_steps: int = 0
     momentum: float = 0.9
     recompute: bool = True
+    fraction_bits: int | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -105,6 +108,10 @@ class Recipe:
         for field in ("weight_decay", "pad", "warmup_steps"):
             value = getattr(self, field)
             require(field, 0 <= value < math.inf, "use 0 or more")
+        if self.fraction_bits is not None:
+            change = "use a number from 0 to 22, and a reversible network"
+            possible = 0 <= self.fraction_bits <= 22 and self.reversible
+            require("fraction_bits", possible, change)
         if self.dataset == "imagenet2012":
             for field in ("pad", "flip", "test_in_mean"):
                 change = "not for imagenet2012, which is prepared in its own way"

@@ -5,8 +5,11 @@ The same command on the folder of an unfinished run goes on from its last checkp
 
 import argparse
 import dataclasses
+import inspect
+import re
 import shutil
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -136,17 +139,24 @@ def parse(argv):
         metavar="NAME",
         help="auto (default), single or mirrored",
     )
-    types = typing.get_type_hints(Recipe)
+    kinds = typing.get_type_hints(Recipe)
+    described = describe_fields()
     for field in dataclasses.fields(Recipe):
-        flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
+        flag, kind = "--" + field.name.replace("_", "-"), kinds[field.name]
+        if isinstance(kind, types.UnionType):
+            kind, _ = typing.get_args(kind)  # None is to leave the flag out
+        options = {"help": described[field.name]}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+            options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, nargs="*", type=typing.get_args(kind)[0])
+            options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
         elif field.name == "dataset":
-            parser.add_argument(flag, type=one_of(DATASETS))
+            options["type"] = one_of(DATASETS)
         else:
-            parser.add_argument(flag, type=kind)
+            options["type"] = kind
+        if kind is not bool:
+            options["metavar"] = "N" if kind is int else field.name.upper()
+        parser.add_argument(flag, **options)
     args = parser.parse_args(argv)
     changes = {
         field.name: getattr(args, field.name)
@@ -159,6 +169,13 @@ def parse(argv):
     except ValueError as error:
         parser.error(error)
     return parser, args.recipe, recipe, args
+
+
+def describe_fields():
+    """Returns what the docstring of `Recipe` says of each field."""
+    _, arguments = inspect.getdoc(Recipe).split("Args:")
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.M | re.S)
+    return {name: " ".join(text.replace("%", "%%").split()) for name, text in found}
 
 
 if __name__ == "__main__":

@@ -91,6 +91,12 @@ def test_penalty_adds_weight_decay_times_weight_to_the_gradient(reversible):
             assert gradient is None
 
 
+def test_network_has_the_fraction_bits_of_the_recipe():
+    recipe = dataclasses.replace(TINY, num_blocks=(2,), fraction_bits=12)
+    network = fit.build(recipe, images_of(classes=3))
+    assert network.get_layer("stage1").fraction_bits == 12
+
+
 def test_network_gives_logits_for_each_class():
     network = fit.build(TINY, images_of(classes=3))
     assert network.output_shape == (None, 3)
@@ -113,6 +119,8 @@ def test_network_gives_logits_for_each_class():
         {"train_steps": -1},
         {"weight_decay": -1.0},
         {"classes": 0},
+        {"fraction_bits": 23},
+        {"fraction_bits": 14, "reversible": False},
         {"momentum": 1.0},
         {"pad": -1},
         {"seed": -1},

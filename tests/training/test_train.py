@@ -279,6 +279,7 @@ def test_every_field_is_a_flag():
         "channels": (2, 4, 6),
         "bottleneck": True,
         "recompute": False,
+        "fraction_bits": None,
         "global_batch_size": 3,
         "learning_rate": 0.5,
         "schedule": "cosine",
@@ -292,6 +293,20 @@ def test_every_field_is_a_flag():
         "test_in_mean": True,
         "seed": 6,
     }
+
+
+def test_optional_field_is_a_flag():
+    _, _, recipe, _ = train.parse(["--fraction-bits", "14"])
+    assert recipe.fraction_bits == 14
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--global-batch-size N images per step, over all replicas." in text
+    fields = {field.name for field in dataclasses.fields(RECIPES["digits_revnet"])}
+    assert set(train.describe_fields()) == fields
 
 
 def test_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, capsys):
