@@ -11,7 +11,6 @@ row an epoch to accuracy_epochs.csv.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +50,7 @@ def train(run, run_dir, data_dir):
 
 
 def read(name):
-    path = FOLDER / name
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return runs.read_metrics(FOLDER / name)
 
 
 def rows_of(run, rows):

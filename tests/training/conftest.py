@@ -1,4 +1,8 @@
-"""Made-up data sets, prepared as TFDS prepares the real ones."""
+"""Made-up data sets, prepared as TFDS prepares them, and a machine of two devices."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,3 +92,46 @@ def imagenet_dir(tmp_path_factory):
         {"train": split(12), "validation": split(5)},
         [f"n{i:08}" for i in range(1000)],
     )
+
+
+@pytest.fixture
+def put_junk():
+    """Puts junk in the place of images, in records that are whole."""
+
+    def put(path, numbers):
+        encoded = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for i, record in enumerate(encoded):
+                example = tf.train.Example.FromString(record)
+                if i in numbers:
+                    image = example.features.feature["image"].bytes_list
+                    image.value[:] = [b"no image"]
+                writer.write(example.SerializeToString())
+
+    return put
+
+
+@pytest.fixture
+def train_on_two_devices():
+    """Runs `training.train` in a process of its own that has two logical CPUs.
+
+    Logical devices are set before TensorFlow starts, and two mirrored strategies in one
+    process abort it.
+    """
+    program = (
+        "import sys, tensorflow as tf; cpu, = tf.config.list_physical_devices('CPU'); "
+        "tf.config.set_logical_device_configuration("
+        "cpu, [tf.config.LogicalDeviceConfiguration()] * 2); "
+        "from training import train; train.main(sys.argv[1:])"
+    )
+
+    def train(*argv):
+        return subprocess.run(
+            [sys.executable, "-c", program, "--strategy", "mirrored", *map(str, argv)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return train

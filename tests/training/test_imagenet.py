@@ -1,8 +1,5 @@
 import dataclasses
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ import tensorflow as tf
 from training import data, imagenet
 from training.recipes import RECIPES
 
-ROOT = Path(__file__).parents[2]
 RECIPE = dataclasses.replace(RECIPES["imagenet_revnet104"], global_batch_size=5)
 
 
@@ -96,25 +92,22 @@ def test_test_images_come_in_order_for_the_network_and_for_the_serving_model(
         np.testing.assert_allclose(x[:count], raw[:count] / 127.5 - 1, atol=1e-6)
 
 
-def with_junk(imagenet_dir, folder, split, numbers):
-    """Copies the data set and puts junk in the place of images."""
-    shutil.copytree(imagenet_dir, folder)
-    name = f"imagenet2012-{split}.tfrecord-00000-of-00001"
-    path = folder / "imagenet2012" / "5.1.0" / name
-    encoded = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for i, record in enumerate(encoded):
-            example = tf.train.Example.FromString(record)
-            if i in numbers:
-                example.features.feature["image"].bytes_list.value[:] = [b"no image"]
-            writer.write(example.SerializeToString())
-    return path
+@pytest.fixture
+def with_junk(imagenet_dir, tmp_path, put_junk):
+    """Copies the data set to `copy` and puts junk in the place of images."""
+
+    def copy(split, numbers):
+        shutil.copytree(imagenet_dir, tmp_path / "copy")
+        name = f"imagenet2012-{split}.tfrecord-00000-of-00001"
+        path = tmp_path / "copy" / "imagenet2012" / "5.1.0" / name
+        put_junk(path, numbers)
+        return path
+
+    return copy
 
 
-def test_corrupt_images_are_left_out_and_epochs_keep_their_length(
-    imagenet_dir, tmp_path
-):
-    path = with_junk(imagenet_dir, tmp_path / "copy", "train", [2, 3, 7])
+def test_corrupt_images_are_left_out_and_epochs_keep_their_length(tmp_path, with_junk):
+    path = with_junk("train", [2, 3, 7])
     images = load(tmp_path / "copy", skip_corrupt=True)
     _, y = training_arrays(images, steps=8)
     assert set(y) == set(range(0, 120, 10)) - {20, 30, 70}
@@ -125,23 +118,16 @@ def test_corrupt_images_are_left_out_and_epochs_keep_their_length(
     ]
 
 
-def train(data_dir, run_dir, *flags):
-    """Runs the README's line, for two steps, where there are two devices."""
-    program = (
-        "import sys, tensorflow as tf; cpu, = tf.config.list_physical_devices('CPU'); "
-        "tf.config.set_logical_device_configuration("
-        "cpu, [tf.config.LogicalDeviceConfiguration()] * 2); "
-        "from training import train; train.main(sys.argv[1:])"
-    )
-    argv = ["--recipe", "imagenet_revnet104", "--strategy", "mirrored", "--data-dir"]
-    argv += [data_dir, "--run-dir", run_dir, "--train-steps", "2"]
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, argv), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+@pytest.fixture
+def train(tmp_path, train_on_two_devices):
+    """Runs the README's line, for two steps of four images."""
+
+    def run(data_dir, *flags):
+        argv = ["--recipe", "imagenet_revnet104", "--data-dir", data_dir]
+        argv += ["--run-dir", tmp_path / "run", "--train-steps", "2"]
+        return train_on_two_devices(*argv, "--global-batch-size", "4", *flags)
+
+    return run
 
 
 # A network that is built and exported in seconds.
@@ -152,9 +138,9 @@ SMALL = ["--num-blocks", "1", "1", "1", "2", "--channels", "8", "8", "8", "8", "
     "network", [pytest.param([], marks=pytest.mark.slow), SMALL], ids=["full", "small"]
 )
 def test_line_of_the_readme_trains_revnet104_on_two_devices(
-    imagenet_dir, tmp_path, network
+    imagenet_dir, tmp_path, train, network
 ):
-    done = train(imagenet_dir, tmp_path / "run", "--global-batch-size", "4", *network)
+    done = train(imagenet_dir, *network)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 replica(s)" in done.stdout
     if not network:
@@ -162,19 +148,17 @@ def test_line_of_the_readme_trains_revnet104_on_two_devices(
     assert (tmp_path / "run" / "result.json").is_file()
 
 
-def test_corrupt_test_images_are_left_out_of_the_score(imagenet_dir, tmp_path):
-    with_junk(imagenet_dir, tmp_path / "copy", "validation", [1, 4])
+def test_corrupt_test_images_are_left_out_of_the_score(tmp_path, with_junk):
+    with_junk("validation", [1, 4])
     images = load(tmp_path / "copy", skip_corrupt=True)
     _, y, weights = zip(*images.test_batches(4).as_numpy_iterator(), strict=True)
     assert list(np.concatenate(y)) == [0, 20, 30, 0, 0, 0, 0, 0]
     assert list(np.concatenate(weights)) == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_corrupt_image_in_the_middle_of_training_is_named(imagenet_dir, tmp_path):
-    path = with_junk(imagenet_dir, tmp_path / "copy", "train", range(12))
-    done = train(
-        tmp_path / "copy", tmp_path / "run", "--global-batch-size", "4", *SMALL
-    )
+def test_corrupt_image_in_the_middle_of_training_is_named(tmp_path, with_junk, train):
+    path = with_junk("train", range(12))
+    done = train(tmp_path / "copy", *SMALL)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert f"error: {path}, record " in last

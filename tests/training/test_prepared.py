@@ -20,18 +20,12 @@ def copy(prepared, tmp_path):
     return tmp_path / "copy"
 
 
-def damage_image(path, number):
-    """Puts junk in the place of one image, in a record that is whole."""
-    encoded = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
-    example = tf.train.Example.FromString(encoded[number])
-    example.features.feature["image"].bytes_list.value[:] = [b"no image"]
-    encoded[number] = example.SerializeToString()
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for record in encoded:
-            writer.write(record)
+def damage_image(path, number, put_junk):
+    """Damages one image, in a record that is whole."""
+    put_junk(path, [number])
 
 
-def damage_record(path, number):
+def damage_record(path, number, put_junk):
     """Turns a bit of one record over: its checksum is no longer right."""
     content, start = bytearray(path.read_bytes()), 0
     for _ in range(number):
@@ -41,7 +35,7 @@ def damage_record(path, number):
     path.write_bytes(content)
 
 
-def damage_end(path, number):
+def damage_end(path, number, put_junk):
     """Ends the file before the last record does."""
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -55,9 +49,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_corrupt_record_ends_the_reading_with_its_file_number_and_reason(copy, kind):
+def test_corrupt_record_ends_the_reading_with_its_file_number_and_reason(
+    copy, kind, put_junk
+):
     damage, number, _, why = DAMAGES[kind]
-    damage(copy / NAME, number)
+    damage(copy / NAME, number, put_junk)
     with pytest.raises(OSError) as error:
         data.load(CIFAR10, copy)
     assert str(error.value).startswith(f"{copy / NAME}, record {number}: ")
@@ -66,11 +62,11 @@ def test_corrupt_record_ends_the_reading_with_its_file_number_and_reason(copy, k
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_corrupt_records_are_left_out_and_counted_where_that_is_asked_for(
-    copy, kind, capfd
+    copy, kind, capfd, put_junk
 ):
     damage, number, count, _ = DAMAGES[kind]
     whole = data.load(CIFAR10, copy)
-    damage(copy / NAME, number)
+    damage(copy / NAME, number, put_junk)
     images = data.load(CIFAR10, copy, skip_corrupt=True)
     left_out = range(number, number + count)
     np.testing.assert_array_equal(

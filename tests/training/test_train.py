@@ -381,19 +381,10 @@ def test_unfinished_run_is_neither_scored_nor_exported(tmp_path, capsys):
         assert "is no run folder" in refusal(capsys, program, tmp_path / "none")
 
 
-def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run):
-    # In a process of its own: logical devices are set before TensorFlow starts, and
-    # two mirrored strategies in one process abort it.
-    program = (
-        "import sys, tensorflow as tf; cpu, = tf.config.list_physical_devices('CPU'); "
-        "tf.config.set_logical_device_configuration("
-        "cpu, [tf.config.LogicalDeviceConfiguration()] * 2); "
-        "from training import train; train.main(sys.argv[1:])"
-    )
-    argv = command(tmp_path / "run", "--strategy", "mirrored")
-    done = subprocess.run(
-        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
-    )
+def test_every_step_counts_once_under_a_mirrored_strategy(
+    tmp_path, finished_run, train_on_two_devices
+):
+    done = train_on_two_devices(*command(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 replica(s)" in done.stdout
     rows = rows_of(tmp_path / "run")
