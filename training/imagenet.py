@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from training import prepared
-from training.images import Images, full_batches
+from training.images import ALONE, Images, full_batches
 
 SIZE = 224
 # Encoded images, some 110 KB each, from which the next is drawn.
@@ -35,10 +35,11 @@ class ImageNet(Images):
             for split in ("train", "validation")
         ]
         # Corrupt ones included, which are found on the way only.
-        self.num_train_images = len(self.train)
+        self.num_train_images, self.num_test_images = len(self.train), len(self.test)
 
-    def training_batches(self, recipe, first_step=0):
+    def training_batches(self, recipe, first_step=0, context=ALONE):
         batch = recipe.global_batch_size
+        shard = context.num_input_pipelines, context.input_pipeline_id
         per_epoch = self.steps_per_epoch(batch) * batch
 
         def epoch(number):
@@ -50,26 +51,31 @@ class ImageNet(Images):
                 return self.normalize(255 * image), example["label"]
 
             records = self.train.encoded(SHUFFLE_BUFFER, seed).enumerate()
-            records = records.map(lambda position, record: (*record, position))
+            # Every worker reads all files, and decodes its share only.
+            records = records.shard(*shard).map(lambda i, record: (*record, i))
             # Images that are left out are made up for: every epoch has one length.
-            return self.train.decoded(records, example).repeat().take(per_epoch)
+            examples = self.train.decoded(records, example).repeat()
+            return examples.take(per_epoch // context.num_input_pipelines)
 
         first_epoch, rest = divmod(first_step * batch, per_epoch)
         return (
             tf.data.Dataset.range(first_epoch, tf.int64.max)
             .flat_map(epoch)
-            .skip(rest)
-            .batch(batch, drop_remainder=True)
+            .skip(rest // context.num_input_pipelines)
+            .batch(context.get_per_replica_batch_size(batch), drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
         )
 
-    def test_batches(self, batch_size, normalize=True):
+    def test_batches(self, batch_size, normalize=True, context=ALONE):
         def example(example):
             image = centre_crop(example["image"])
             return self.normalize(image) if normalize else image, example["label"]
 
-        examples = self.test.decoded(self.test.encoded(), example)
-        return full_batches(examples, len(self.test), batch_size)
+        records = self.test.encoded().shard(
+            context.num_input_pipelines, context.input_pipeline_id
+        )
+        examples = self.test.decoded(records, example)
+        return full_batches(examples, self.test_steps(batch_size), batch_size, context)
 
 
 def random_crop(encoded, key):

@@ -3,6 +3,9 @@
 An image of training is a function of the seed and of how many came before it, and of
 nothing else. What is shuffled is small: numbers of images for a set that is held in
 memory, encoded images for one that is read from its files.
+
+A step has the same images however many workers and replicas share them. Each of W
+workers makes every W-th one, and all make the same number of batches.
 """
 
 import dataclasses
@@ -11,6 +14,8 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+ALONE = tf.distribute.InputContext()
+
 
 class Images:
     """A data set of images: pipelines for training and test, and how to normalize.
@@ -18,7 +23,8 @@ class Images:
     Attributes:
         image_shape: `(height, width, channels)`.
         class_names: list of strings, in the order of the labels.
-        num_train_images: integer, on which the length of an epoch depends.
+        num_train_images, num_test_images: integers, corrupt ones included; the length
+            of an epoch depends on the former.
         mean, scale: what is subtracted from an image, and what it is then divided by.
         records: the `prepared.Records` of the splits, where there are any.
     """
@@ -46,20 +52,31 @@ class Images:
             )
         return self.num_train_images // global_batch_size
 
-    def training_batches(self, recipe, first_step=0):
+    def test_steps(self, batch_size):
+        """Returns the number of batches of all test images, the last one filled up."""
+        return -(-self.num_test_images // batch_size)
+
+    def training_batches(self, recipe, first_step=0, context=ALONE):
         """Returns the endless batches of training, `(float32 images, labels)`.
 
         Order and augmentation of an epoch depend on the seed and the number of the
         epoch alone: a run that goes on from `first_step` sees what it would have seen.
+
+        Args:
+            recipe: a `Recipe`, with its global batch size.
+            first_step: number of steps that are left out.
+            context: `tf.distribute.InputContext`; the batches are those of one of its
+                pipelines, each for one replica.
         """
         raise NotImplementedError
 
-    def test_batches(self, batch_size, normalize=True):
+    def test_batches(self, batch_size, normalize=True, context=ALONE):
         """Returns all test images in their order, `(images, labels, weights)`.
 
         Args:
-            batch_size: of all batches; blank images of weight 0 fill up the last one.
+            batch_size: of all replicas; blank images of weight 0 fill up the last one.
             normalize: whether for the network, or as `uint8` for the serving model.
+            context: as for `training_batches`.
         """
         raise NotImplementedError
 
@@ -88,6 +105,10 @@ class ImagesInMemory(Images):
     def num_train_images(self):
         return len(self.train_images)
 
+    @property
+    def num_test_images(self):
+        return len(self.test_images)
+
     @functools.cached_property
     def mean(self):
         sets = [self.train_images, self.test_images][: 1 + self.test_in_mean]
@@ -95,7 +116,7 @@ class ImagesInMemory(Images):
         total = sum(images.sum(axis=0, dtype=np.int64) for images in sets)
         return (total / sum(map(len, sets))).astype(np.float32)
 
-    def training_batches(self, recipe, first_step=0):
+    def training_batches(self, recipe, first_step=0, context=ALONE):
         # On the host, also where there is a GPU: the pipeline runs there.
         with tf.device("CPU:0"):
             pixels = tf.constant(self.train_images)
@@ -114,37 +135,40 @@ class ImagesInMemory(Images):
 
         return (
             tf.data.Dataset.range(first_step * batch, tf.int64.max)
+            .shard(context.num_input_pipelines, context.input_pipeline_id)
             .map(example, num_parallel_calls=tf.data.AUTOTUNE)
-            .batch(batch, drop_remainder=True)
+            .batch(context.get_per_replica_batch_size(batch), drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
         )
 
-    def test_batches(self, batch_size, normalize=True):
+    def test_batches(self, batch_size, normalize=True, context=ALONE):
         examples = tf.data.Dataset.from_tensor_slices(
             (self.test_images, self.test_labels)
-        )
+        ).shard(context.num_input_pipelines, context.input_pipeline_id)
         if normalize:
             examples = examples.map(lambda x, y: (self.normalize(x), y))
-        return full_batches(examples, len(self.test_images), batch_size)
+        return full_batches(examples, self.test_steps(batch_size), batch_size, context)
 
 
-def full_batches(examples, count, batch_size):
+def full_batches(examples, steps, batch_size, context):
     """Returns the batches of `(image, label, weight)`, the last one filled with blanks.
 
     A rest that is smaller than the batch would leave nothing to some replicas, and a
     convolution of no image has had outputs of a wrong shape (TensorFlow 2.21, CPU).
 
     Args:
-        examples: data set of at most `count` images and labels.
-        count: number of examples that decides on the number of batches.
-        batch_size: of every batch.
+        examples: data set of images and labels, those of one pipeline of `context`.
+        steps: number of batches.
+        batch_size: of all replicas.
+        context: `tf.distribute.InputContext`.
     """
     blank = tf.nest.map_structure(
         lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec
     )
     blanks = tf.data.Dataset.from_tensors((*blank, 0.0)).repeat()
     examples = examples.map(lambda image, label: (image, label, 1.0))
-    size = -(-count // batch_size) * batch_size
+    size = steps * batch_size // context.num_input_pipelines
+    batch_size = context.get_per_replica_batch_size(batch_size)
     batches = examples.concatenate(blanks).take(size).batch(batch_size, True)
     return batches.prefetch(tf.data.AUTOTUNE)
 

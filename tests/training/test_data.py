@@ -239,3 +239,61 @@ def test_real_cifar10():
         images.mean.mean(axis=(0, 1)), [125.3, 123.0, 113.9], atol=2
     )
     assert images.class_names[0] == "airplane"
+
+
+def contexts(pipelines, replicas):
+    return [
+        tf.distribute.InputContext(pipelines, i, replicas) for i in range(pipelines)
+    ]
+
+
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_pipelines_of_workers_share_the_images_of_each_step(first_step):
+    images = numbered_images(10)
+    recipe = dataclasses.replace(RECIPE, flip=True, pad=1)
+    x, y = training_arrays(images, recipe, 6, first_step)
+    shares = [
+        list(
+            images.training_batches(recipe, first_step, context)
+            .take(12)
+            .as_numpy_iterator()
+        )
+        for context in contexts(2, replicas=4)
+    ]
+    for step in range(6):
+        # Two workers of two replicas each: four batches of one image.
+        parts = [part for share in shares for part in share[2 * step : 2 * step + 2]]
+        assert all(part_x.shape[0] == 1 for part_x, _ in parts)
+        found = {int(part_y[0]): part_x[0] for part_x, part_y in parts}
+        expected = dict(zip(y[4 * step :], x[4 * step : 4 * step + 4], strict=False))
+        assert found.keys() == expected.keys()
+        for label, image in expected.items():
+            np.testing.assert_array_equal(found[label], image)
+
+
+@pytest.mark.parametrize("pipelines", [1, 2, 3])
+def test_every_worker_tests_as_many_batches_and_all_of_them_every_image_once(pipelines):
+    # Seven images, of which a third worker would have none in its second batch.
+    images, batch = numbered_images(10), 2 * pipelines
+    seen = []
+    for context in contexts(pipelines, pipelines):
+        batches = list(images.test_batches(batch, False, context).as_numpy_iterator())
+        assert len(batches) == images.test_steps(batch) == -(-7 // batch)
+        for _, labels, weights in batches:
+            assert len(weights) == 2
+            seen += labels[weights > 0].tolist()
+    assert sorted(seen) == list(range(7))
+
+
+def test_worker_without_any_test_image_has_blanks():
+    images = dataclasses.replace(
+        numbered_images(10),
+        test_images=np.zeros((1, 8, 8, 1), np.uint8),
+        test_labels=np.zeros(1, np.int64),
+    )
+    first, second = [
+        list(images.test_batches(4, False, context).as_numpy_iterator())
+        for context in contexts(2, replicas=2)
+    ]
+    assert [weights.tolist() for *_, weights in first] == [[1, 0]]
+    assert [weights.tolist() for *_, weights in second] == [[0, 0]]
