@@ -32,6 +32,7 @@ def images_per_second(count, step, batch_size):
 def measure(recipe, images):
     """Returns images a second of each round, of the pipeline and of the training."""
     network = fit.build(recipe, images)
+    fit.compile_network(network, recipe)
     iterator = iter(images.training_batches(recipe))
     x, y = next(iterator)
     network.train_on_batch(x, y)

@@ -8,12 +8,12 @@ from training.imagenet import ImageNet
 from training.images import ImagesInMemory
 
 
-def load(recipe, data_dir=None, skip_corrupt=False):
+def load(recipe, data_dir=None, skip_corrupt=False, download=True):
     """Returns the `Images` of a recipe's data set.
 
     Args:
         recipe: a `Recipe`.
-        data_dir: as for `prepared.builder`.
+        data_dir, download: as for `prepared.builder`.
         skip_corrupt: whether images that cannot be read or decoded are left out and
             counted, rather than ending the run.
 
@@ -24,7 +24,7 @@ def load(recipe, data_dir=None, skip_corrupt=False):
     if recipe.dataset == "digits":
         images = _digits(recipe.test_in_mean)
     else:
-        builder = prepared.builder(recipe.dataset, data_dir)
+        builder = prepared.builder(recipe.dataset, data_dir, download)
         if recipe.dataset == "imagenet2012":
             images = ImageNet(builder, skip_corrupt)
         else:

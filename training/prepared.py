@@ -10,17 +10,18 @@ import tensorflow as tf
 FILES_AT_ONCE = 16
 
 
-def builder(name, data_dir=None):
+def builder(name, data_dir=None, download=True):
     """Returns the TFDS builder of a data set that is prepared, downloaded if need be.
 
     Args:
         name: of the data set.
         data_dir: folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then to that of
             TFDS.
+        download: whether to download what is not there.
 
     Raises:
         FileNotFoundError: `data_dir` holds the data set in another place or version,
-            or it has to be prepared by hand.
+            or it has to be prepared by hand, or is not there and not to be downloaded.
         ConnectionError: the data set is not there and cannot be downloaded.
     """
     # Imported here: the handwritten digits do without.
@@ -38,7 +39,7 @@ def builder(name, data_dir=None):
         if (Path(found.data_dir) / "dataset_info.json").is_file():
             return found
     wanted = cls(data_dir=data_dir)
-    _download(wanted)
+    _download(wanted, download)
     return wanted
 
 
@@ -194,7 +195,7 @@ class Records:
             return getattr(error, "message", str(error)).splitlines()[0]
 
 
-def _download(builder):
+def _download(builder, download):
     folder = Path(builder.data_dir).resolve()
     data_dir, wanted = folder.parents[1], f"{builder.name}/{builder.version}"
     found = _misplaced(builder.name, data_dir)
@@ -208,6 +209,13 @@ def _download(builder):
             f"data_dir={data_dir} does not hold {wanted}, which cannot be downloaded "
             f"without an account; prepare it with TFDS (`tfds build {builder.name}`, "
             f"https://www.tensorflow.org/datasets/catalog/{builder.name}), or give the "
+            "--data-dir in which it lies."
+        )
+    if not download:
+        raise FileNotFoundError(
+            f"data_dir={data_dir} does not hold {wanted}, and several workers would "
+            "download it over each other; prepare it with TFDS before "
+            f"(`tfds build {builder.name} --data_dir={data_dir}`), or give the "
             "--data-dir in which it lies."
         )
     ((url, info),) = builder.url_infos.items()

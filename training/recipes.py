@@ -8,6 +8,7 @@ import math
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet2012")
 SCHEDULES = ("piecewise", "cosine")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Recipe:
         test_in_mean: whether the mean image that is subtracted is that of training and
             test images, as the authors have it, rather than of training images.
         seed: of the initial weights and of the order and augmentation of the images.
+        precision: `"float32"`, or `"mixed_bfloat16"` or `"mixed_float16"`, where
+            branches compute in 16 bits, streams and weights are float32, and, for
+            float16, the loss is scaled.
+        jit: whether XLA compiles the step. If not given, as Keras does: on one GPU.
+        deterministic: whether two runs are equal bit for bit, also one that stores
+            activations and one that rebuilds fixed-point streams.
     """
 
     dataset: str
@@ -65,6 +72,9 @@ class Recipe:
     recompute: bool = True
     fraction_bits: int | None = None
     seed: int = 0
+    precision: str = "float32"
+    jit: bool | None = None
+    deterministic: bool = False
 
     def __post_init__(self):
         def require(field, condition, change):
@@ -90,9 +100,9 @@ class Recipe:
         for field in ("classes", "global_batch_size", "train_steps", "learning_rate"):
             value = getattr(self, field)
             require(field, 0 < value < math.inf, "use a number above 0")
-        require(
-            "schedule", self.schedule in SCHEDULES, f"use one of {', '.join(SCHEDULES)}"
-        )
+        for field, options in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            possible = getattr(self, field) in options
+            require(field, possible, f"use one of {', '.join(options)}")
         for field, schedule in (
             ("decay_steps", "piecewise"),
             ("warmup_steps", "cosine"),

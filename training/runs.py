@@ -31,7 +31,9 @@ def describe(name, recipe):
 def recipe_of(run_dir):
     """Returns the `Recipe` of a run."""
     found = read_json(run_dir / "recipe.json")
-    values = {field.name: found[field.name] for field in dataclasses.fields(Recipe)}
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    # A run may be older than a field.
+    values = {field: found[field] for field in fields if field in found}
     lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
     return Recipe(**values | lists)
 

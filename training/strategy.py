@@ -1,20 +1,167 @@
-"""Which `tf.distribute` strategy a run is trained under."""
+"""Which `tf.distribute` strategy a run is trained under, and what Keras needs for it.
 
+Several workers are several processes, of one machine or more, each of which runs the
+same program and finds in its environment variable `TF_CONFIG` who they are. The first,
+or the one whose type is `chief`, writes the run folder.
+"""
+
+import functools
+import json
+import os
+
+import keras
 import tensorflow as tf
+
+STRATEGIES = ("auto", "single", "mirrored", "multiworker")
 
 
 def get_strategy(name):
     """Returns the strategy of that name.
 
+    To be called before TensorFlow does anything else, which several workers need.
+
     Args:
         name: `"single"` (one device), `"mirrored"` (every GPU of this machine, or
-            every logical CPU where there is none), or `"auto"` (mirrored where there
-            are several GPUs, single elsewhere).
+            every logical CPU where there is none), `"multiworker"` (the workers of
+            `TF_CONFIG`, each with every GPU of its own), or `"auto"` (multiworker where
+            `TF_CONFIG` names several, else mirrored where there are several GPUs, else
+            single).
+
+    Raises:
+        ValueError: there is no such strategy, or `TF_CONFIG` does not fit it.
     """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy={name!r}: use one of {', '.join(STRATEGIES)}.")
+    workers = num_workers() if name in ("auto", "multiworker") else 0
+    if name == "multiworker" and not workers:
+        raise ValueError(
+            "strategy='multiworker' needs the environment variable TF_CONFIG, with the "
+            "addresses of all workers and the place of this one among them."
+        )
+    if name == "multiworker" or workers > 1:
+        return tf.distribute.MultiWorkerMirroredStrategy()
     gpus = tf.config.list_logical_devices("GPU")
     if name == "single" or (name == "auto" and len(gpus) < 2):
         return tf.distribute.get_strategy()
-    if name in ("auto", "mirrored"):
-        devices = gpus or tf.config.list_logical_devices("CPU")
-        return tf.distribute.MirroredStrategy(devices)
-    raise ValueError(f"strategy={name!r}: use 'auto', 'single' or 'mirrored'.")
+    devices = gpus or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy(devices)
+
+
+def num_workers():
+    """Returns how many workers `TF_CONFIG` names; 0 if it is not set.
+
+    Raises:
+        ValueError: it cannot be understood.
+    """
+    text = os.environ.get("TF_CONFIG")
+    if not text:
+        return 0
+    try:
+        config = json.loads(text)
+        cluster, task = config["cluster"], config["task"]
+        addresses, index = cluster[task["type"]], int(task["index"])
+        addresses[index]
+        workers = [a for kind in ("chief", "worker") for a in cluster.get(kind, ())]
+        known = task["type"] in ("chief", "worker") and index >= 0
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"TF_CONFIG={text!r} does not say which worker this is; give it the form "
+            '{"cluster": {"worker": ["HOST:PORT", ...]}, '
+            '"task": {"type": "worker", "index": 0}}.'
+        )
+    return len(workers)
+
+
+def is_multiworker(strategy):
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def is_chief(strategy):
+    """Returns whether this process is the one that writes the run folder."""
+    if not is_multiworker(strategy):
+        return True
+    resolver = strategy.cluster_resolver
+    first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
+    return resolver.task_type == first and resolver.task_id == 0
+
+
+def on_any_worker(strategy, flag):
+    """Returns whether `flag` is true on one of the workers, which all have to ask."""
+    if not is_multiworker(strategy):
+        return flag
+    return bool(_sum_over_workers(strategy)(tf.constant(float(flag))) > 0)
+
+
+@functools.cache
+def _sum_over_workers(strategy):
+    return tf.function(
+        lambda value: strategy.reduce(
+            "SUM", strategy.run(tf.identity, args=(value,)), axis=None
+        )
+    )
+
+
+def averaging(model, strategy):
+    """Returns the function that gives all replicas the mean of their statistics.
+
+    In Keras 3.15 the moving statistics of a BatchNorm are those of its replica's own
+    images, and a model is tested and saved with those of one replica. As they are
+    linear in what they are made of, it does not matter how often they are averaged.
+    """
+    variables = [
+        variable
+        for variable in model.non_trainable_variables
+        if tf.as_dtype(variable.dtype).is_floating
+    ]
+
+    def average():
+        context = tf.distribute.get_replica_context()
+        own = [tf.identity(variable.value) for variable in variables]
+        means = context.all_reduce(tf.distribute.ReduceOp.MEAN, own)
+        for variable, mean in zip(variables, means, strict=True):
+            variable.assign(mean)
+
+    if strategy.num_replicas_in_sync == 1 or not variables:
+        return lambda: None
+    return tf.function(lambda: strategy.run(average), autograph=False)
+
+
+def trainable(network, strategy):
+    """Returns the model to compile and `fit` in the scope of `strategy`.
+
+    It has the layers of `network`, which are built in the scope; to be called outside.
+    Keras draws a batch to build a model that was made in the scope, fails there under
+    several workers, and finds none left in a data set that was read to its end.
+    """
+    cls = _MultiWorkerModel if is_multiworker(strategy) else keras.Model
+    return cls(network.inputs, network.outputs, name=network.name)
+
+
+class _MultiWorkerModel(keras.Model):
+    """A model whose `fit` and `evaluate` run under `MultiWorkerMirroredStrategy`.
+
+    Keras 3.15 averages the logs of a step over an axis that they do not have
+    (https://github.com/keras-team/keras/issues/20585). Here they are those of one
+    replica. Those of an epoch, which Keras reads from the metrics, are of all.
+    """
+
+    def make_train_function(self, force=False):
+        if force or self.train_function is None:
+            self.train_function = _on_workers(self.train_step)
+
+    def make_test_function(self, force=False):
+        if force or self.test_function is None:
+            self.test_function = _on_workers(self.test_step)
+
+
+def _on_workers(step):
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function(reduce_retracing=True)
+    def function(iterator):
+        logs = strategy.run(step, args=(next(iterator),))
+        return {k: strategy.experimental_local_results(v)[0] for k, v in logs.items()}
+
+    return function

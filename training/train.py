@@ -5,9 +5,11 @@ The same command on the folder of an unfinished run goes on from its last checkp
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import re
 import shutil
+import signal
 import sys
 import types
 import typing
@@ -26,49 +28,91 @@ def main(argv=None):
         runs.check_free(run_dir, description)
         # TensorFlow takes seconds to load; what is wrong above is said at once.
         import keras
+        import tensorflow as tf
 
         from training import data, fit
-        from training.strategy import get_strategy
+        from training import strategy as strategies
 
+        strategy = strategies.get_strategy(args.strategy)
+        multiworker = strategies.is_multiworker(strategy)
+        check_replicas(recipe, strategy.num_replicas_in_sync)
         keras.utils.set_random_seed(recipe.seed)
-        strategy = get_strategy(args.strategy)
-        images = data.load(recipe, args.data_dir, args.skip_corrupt)
+        if recipe.deterministic:
+            tf.config.experimental.enable_op_determinism()
+            # It orders sums by what else is in the graph: the gradients of rebuilt and
+            # of stored activations would differ in their last bits.
+            options = {"arithmetic_optimization": False}
+            tf.config.optimizer.set_experimental_options(options)
+        images = data.load(
+            recipe, args.data_dir, args.skip_corrupt, download=not multiworker
+        )
         images.steps_per_epoch(recipe.global_batch_size)
-        if recipe.global_batch_size % strategy.num_replicas_in_sync:
-            raise ValueError(
-                f"global_batch_size={recipe.global_batch_size} cannot be shared by "
-                f"{strategy.num_replicas_in_sync} replicas; use a multiple of them."
-            )
         with strategy.scope():
             network = fit.build(recipe, images)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "recipe.json").exists():
-            runs.write_json(run_dir / "recipe.json", description)
+        chief = strategies.is_chief(strategy)
+        if chief:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (run_dir / "recipe.json").exists():
+                runs.write_json(run_dir / "recipe.json", description)
     except (ValueError, OSError) as error:
         parser.error(error)
 
-    print(
-        f"{name}: {fit.num_parameters(network):,} parameters, {recipe.train_steps:,} "
-        f"steps, {strategy.num_replicas_in_sync} replica(s), in {run_dir}",
-        flush=True,
-    )
+    if chief:
+        print(
+            f"{name}: {fit.num_parameters(network):,} parameters, "
+            f"{recipe.train_steps:,} steps, {strategy.num_replicas_in_sync} "
+            f"replica(s), in {run_dir}",
+            flush=True,
+        )
+    callbacks = []
+    if chief and args.tensorboard:
+        folder = run_dir / "tensorboard"
+        callbacks.append(keras.callbacks.TensorBoard(folder, histogram_freq=1))
     go_on = f"the same command goes on from the last checkpoint in {run_dir}"
     try:
-        with strategy.scope():
-            rows = fit.fit(network, recipe, images, run_dir)
+        rows = fit.fit(
+            network, recipe, images, run_dir, strategy, args.save_every, callbacks
+        )
+        if chief:
             serving = fit.serving_model(network, images)
             with runs.written_whole(run_dir / "model.keras") as part:
                 serving.save(part)
-        finish(run_dir, name, recipe, network, images, rows)
+            finish(run_dir, name, recipe, network, images, rows)
+        # The others wait: a worker that leaves early is taken for one that died.
+        strategies.on_any_worker(strategy, False)
     except FloatingPointError as error:
         parser.fail(1, error)
+    except fit.Preempted as error:
+        parser.fail(128 + signal.SIGTERM, f"{error}; {go_on}")
     except io_errors() as error:
-        cause = error
+        cause = lost_worker(error) or error
         if images.corrupt and not args.skip_corrupt:
             cause = f"{images.corrupt[0]}; --skip-corrupt leaves such images out"
         parser.fail(1, f"{cause}; when that is mended, {go_on}")
     except KeyboardInterrupt:
         parser.fail(130, f"interrupted; {go_on}")
+
+
+def lost_worker(error):
+    """Returns what became of another worker, where that is the reason of an error."""
+    _, found, reason = str(error).partition("Collective ops is aborted by: ")
+    if not found:
+        return None
+    return f"another worker has ended or cannot be reached: {reason.splitlines()[0]}"
+
+
+def check_replicas(recipe, replicas):
+    """Raises `ValueError` unless the replicas of a strategy can train the recipe."""
+    if recipe.global_batch_size % replicas:
+        raise ValueError(
+            f"global_batch_size={recipe.global_batch_size} cannot be shared by "
+            f"{replicas} replicas; use a multiple of them."
+        )
+    if recipe.jit and replicas > 1:
+        raise ValueError(
+            f"jit=True: Keras cannot have XLA compile a step of {replicas} replicas; "
+            "leave the flag out, or use --strategy single."
+        )
 
 
 def finish(run_dir, name, recipe, network, images, rows):
@@ -134,10 +178,23 @@ def parse(argv):
     )
     parser.add_argument(
         "--strategy",
-        type=one_of(("auto", "single", "mirrored")),
+        type=one_of(("auto", "single", "mirrored", "multiworker")),
         default="auto",
         metavar="NAME",
-        help="auto (default), single or mirrored",
+        help="auto (default), single, mirrored or multiworker",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=None,
+        metavar="N",
+        help="steps between checkpoints; there is one after each epoch, too",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=False,
+        help="write curves and histograms to the run folder, for TensorBoard",
     )
     kinds = typing.get_type_hints(Recipe)
     described = describe_fields()
@@ -158,6 +215,13 @@ def parse(argv):
             options["metavar"] = "N" if kind is int else field.name.upper()
         parser.add_argument(flag, **options)
     args = parser.parse_args(argv)
+    if args.save_every is not None and args.save_every < 1:
+        parser.error(f"save_every={args.save_every}: use a number above 0")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error(
+            "--tensorboard needs the package tensorboard: pip install tensorboard, or "
+            "leave it out"
+        )
     changes = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(Recipe)

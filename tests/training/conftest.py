@@ -1,5 +1,8 @@
-"""Made-up data sets, prepared as TFDS prepares them, and a machine of two devices."""
+"""Made-up data sets, prepared as TFDS prepares them, and the program, started."""
 
+import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+
+TESTS = Path(__file__).parents[1]
 
 
 def store(data_dir, name, version, image, splits, class_names):
@@ -111,27 +116,60 @@ def put_junk():
     return put
 
 
-@pytest.fixture
-def train_on_two_devices():
-    """Runs `training.train` in a process of its own that has two logical CPUs.
+@pytest.fixture(scope="module")
+def start():
+    """Starts the training program in processes of their own, killed after the test."""
+    processes = []
 
-    Logical devices are set before TensorFlow starts, and two mirrored strategies in one
-    process abort it.
-    """
-    program = (
-        "import sys, tensorflow as tf; cpu, = tf.config.list_physical_devices('CPU'); "
-        "tf.config.set_logical_device_configuration("
-        "cpu, [tf.config.LogicalDeviceConfiguration()] * 2); "
-        "from training import train; train.main(sys.argv[1:])"
-    )
+    def start(*argv, workers=1, **options):
+        """Returns a process a worker.
 
-    def train(*argv):
-        return subprocess.run(
-            [sys.executable, "-c", program, "--strategy", "mirrored", *map(str, argv)],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        Args:
+            *argv: of `training.train`.
+            workers: number of processes, who find each other by `TF_CONFIG`.
+            **options: of `program.py`.
+        """
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers)]
+        ports = [opened.getsockname()[1] for opened in sockets]
+        for opened in sockets:
+            opened.close()
+        cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+        started = []
+        for index in range(workers):
+            config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+            env = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+            if workers > 1:
+                env["TF_CONFIG"] = json.dumps(config)
+            process = subprocess.Popen(
+                [sys.executable, TESTS / "program.py", json.dumps(options)]
+                + [str(word) for word in argv],
+                cwd=TESTS.parent,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.append(process)
+        processes.extend(started)
+        return started
 
-    return train
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """Starts processes as `start` does, and returns those that ended, as they ended."""
+
+    def run(*argv, **options):
+        return [ended(process) for process in start(*argv, **options)]
+
+    return run
+
+
+def ended(process, timeout=600):
+    """Waits for a process, and returns it as `subprocess.run` does."""
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

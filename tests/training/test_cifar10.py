@@ -33,6 +33,7 @@ def float64():
 def losses(recipe, images, steps):
     keras.utils.set_random_seed(recipe.seed)
     network = fit.build(recipe, images)
+    fit.compile_network(network, recipe)
     values = []
     for x, y in images.training_batches(recipe).take(steps):
         network.reset_metrics()

@@ -45,6 +45,38 @@ def test_run_that_goes_on_sees_what_a_straight_run_sees(imagenet_dir, first_step
     np.testing.assert_array_equal(x_on, x[5 * first_step :])
 
 
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_workers_share_the_images_of_each_step(imagenet_dir, first_step):
+    recipe = dataclasses.replace(RECIPE, global_batch_size=4)
+    x, y = training_arrays(load(imagenet_dir), 5, first_step, recipe)
+    shares = []
+    for i in range(2):
+        context = tf.distribute.InputContext(2, i, 2)
+        batches = load(imagenet_dir).training_batches(recipe, first_step, context)
+        shares.append(list(batches.take(5).as_numpy_iterator()))
+    for step in range(5):
+        part_x, part_y = map(
+            np.concatenate, zip(*[share[step] for share in shares], strict=True)
+        )
+        expected = slice(4 * step, 4 * step + 4)
+        order, expected_order = np.argsort(part_y), np.argsort(y[expected])
+        np.testing.assert_array_equal(part_y[order], y[expected][expected_order])
+        np.testing.assert_array_equal(part_x[order], x[expected][expected_order])
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_test_every_image_once_in_as_many_batches(imagenet_dir, workers):
+    seen = []
+    for i in range(workers):
+        context = tf.distribute.InputContext(workers, i, workers)
+        images = load(imagenet_dir)
+        batches = images.test_batches(workers, False, context).as_numpy_iterator()
+        _, labels, weights = zip(*batches, strict=True)
+        assert len(weights) == images.test_steps(workers) == -(-5 // workers)
+        seen += np.concatenate(labels)[np.concatenate(weights) > 0].tolist()
+    assert sorted(seen) == [0, 10, 20, 30, 40]
+
+
 def coordinates(height, width):
     """Returns an image whose red grows downwards, and its green to the right."""
     image = np.zeros((height, width, 3), np.uint8)
@@ -119,15 +151,17 @@ def test_corrupt_images_are_left_out_and_epochs_keep_their_length(tmp_path, with
 
 
 @pytest.fixture
-def train(tmp_path, train_on_two_devices):
-    """Runs the README's line, for two steps of four images."""
+def train(tmp_path, run):
+    """Runs the README's line, for two steps of four images, on two devices."""
 
-    def run(data_dir, *flags):
+    def train(data_dir, *flags):
         argv = ["--recipe", "imagenet_revnet104", "--data-dir", data_dir]
         argv += ["--run-dir", tmp_path / "run", "--train-steps", "2"]
-        return train_on_two_devices(*argv, "--global-batch-size", "4", *flags)
+        argv += ["--strategy", "mirrored", "--global-batch-size", "4", *flags]
+        (done,) = run(*argv, devices=2)
+        return done
 
-    return run
+    return train
 
 
 # A network that is built and exported in seconds.

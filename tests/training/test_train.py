@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from training import evaluate, export, fit, train
+from training.checkpoints import Checkpoints
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -73,15 +74,15 @@ class Interrupted(Exception):
 def unfinished_run(tmp_path, monkeypatch):
     """A run stopped in its second epoch: after its row, before its checkpoint."""
     run_dir = tmp_path / "unfinished"
-    save = tf.train.CheckpointManager.save
+    save = Checkpoints.save
 
-    def interrupted_save(manager, step):
+    def interrupted_save(checkpoints, step):
         if step == 14:
             raise Interrupted
-        return save(manager, step)
+        return save(checkpoints, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tf.train.CheckpointManager, "save", interrupted_save)
+        patch.setattr(Checkpoints, "save", interrupted_save)
         with pytest.raises(Interrupted):
             train.main(command(run_dir))
     assert len(rows_of(run_dir)) == 2
@@ -247,7 +248,10 @@ def test_folder_of_something_else_is_refused_and_untouched(tmp_path, capsys):
         ("--train-steps", "argument --train-steps: expected one argument"),
         ("--recompute False", "unexpected 'False'"),
         ("--dataset cifar11", "did you mean cifar10?"),
-        ("--strategy multiworker", "use one of auto, single, mirrored"),
+        ("--strategy many", "use one of auto, single, mirrored, multiworker"),
+        ("--strategy multiworker", "needs the environment variable TF_CONFIG"),
+        ("--precision float16", "use one of float32, mixed_bfloat16, mixed_float16"),
+        ("--save-every 0", "save_every=0: use a number above 0"),
         ("--num-blocks 1 2 3", "channels=(32, 32, 64): give the stem's channels"),
         ("--channels 33 33 33", "33"),
         ("--global-batch-size 2000", "1437 training images"),
@@ -267,7 +271,7 @@ def test_every_field_is_a_flag():
         "--channels 2 4 6 --bottleneck --no-recompute --global-batch-size 3 "
         "--learning-rate 0.5 --schedule cosine --decay-steps --warmup-steps 3 "
         "--momentum 0.8 --weight-decay 0.7 --train-steps 4 --pad 5 --flip "
-        "--test-in-mean --seed 6"
+        "--test-in-mean --seed 6 --precision mixed_float16 --jit --deterministic"
     ).split()
     _, name, recipe, _ = train.parse(flags)
     assert name == "digits_revnet"
@@ -292,12 +296,16 @@ def test_every_field_is_a_flag():
         "flip": True,
         "test_in_mean": True,
         "seed": 6,
+        "precision": "mixed_float16",
+        "jit": True,
+        "deterministic": True,
     }
 
 
 def test_optional_field_is_a_flag():
-    _, _, recipe, _ = train.parse(["--fraction-bits", "14"])
+    _, _, recipe, _ = train.parse(["--fraction-bits", "14", "--no-jit"])
     assert recipe.fraction_bits == 14
+    assert recipe.jit is False
 
 
 def test_help_explains_every_field(capsys):
@@ -381,10 +389,9 @@ def test_unfinished_run_is_neither_scored_nor_exported(tmp_path, capsys):
         assert "is no run folder" in refusal(capsys, program, tmp_path / "none")
 
 
-def test_every_step_counts_once_under_a_mirrored_strategy(
-    tmp_path, finished_run, train_on_two_devices
-):
-    done = train_on_two_devices(*command(tmp_path / "run"))
+def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run, run):
+    flags = command(tmp_path / "run", "--strategy", "mirrored")
+    (done,) = run(*flags, devices=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 replica(s)" in done.stdout
     rows = rows_of(tmp_path / "run")
@@ -395,6 +402,76 @@ def test_every_step_counts_once_under_a_mirrored_strategy(
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     last = float(rows[-1]["test_accuracy"])
     assert result["test_accuracy"] == pytest.approx(last, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_branches_of_a_mixed_precision_run_compute_in_16_bits(
+    precision, tmp_path, finished_run
+):
+    train.main(command(tmp_path, "--precision", precision))
+    assert keras.config.dtype_policy().name == "float32"
+    network = keras.models.load_model(tmp_path / "model.keras").layers[-2]
+    block = network.get_layer("stage1")
+    assert block.variable_dtype == "float32"
+    assert block.blocks[0].f.compute_dtype == precision.removeprefix("mixed_")
+    row, straight = rows_of(tmp_path)[-1], rows_of(finished_run)[-1]
+    assert float(row["train_loss"]) == pytest.approx(
+        float(straight["train_loss"]), rel=0.02
+    )
+    assert row["train_loss"] != straight["train_loss"]
+
+
+def test_loss_of_a_float16_run_is_scaled():
+    recipe = dataclasses.replace(RECIPES["digits_revnet"], precision="mixed_float16")
+    network = keras.Sequential([keras.layers.Dense(2)])
+    network.build((None, 3))
+    fit.compile_network(network, recipe)
+    assert isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_run_compiled_by_xla_trains_the_same(tmp_path, finished_run):
+    train.main(command(tmp_path, "--jit"))
+    for row, straight in zip(rows_of(tmp_path), rows_of(finished_run), strict=True):
+        loss = float(straight["train_loss"])
+        assert float(row["train_loss"]) == pytest.approx(loss, rel=1e-3)
+
+
+def test_xla_on_several_replicas_is_refused(tmp_path, run):
+    flags = command(tmp_path / "run", "--strategy", "mirrored", "--jit")
+    (done,) = run(*flags, devices=2)
+    assert done.returncode == 2
+    assert "jit=True: Keras cannot have XLA compile" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_have_speed_and_memory(finished_run):
+    for row in rows_of(finished_run):
+        images = 600 if row["step"] == "17" else 1400
+        speed = images / float(row["seconds"])
+        assert float(row["images_per_second"]) == pytest.approx(speed, rel=0.02)
+        assert 100 < float(row["peak_memory_mib"]) < 100_000
+
+
+def test_tensorboard_shows_curves_and_a_histogram_of_each_weight(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.main(command(tmp_path, "--tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "train")).Reload()
+    tags = events.Tags()
+    for name in ("learning_rate", "cross_entropy", "images_per_second"):
+        assert f"epoch_{name}" in tags["tensors"]
+    network = keras.models.load_model(tmp_path / "model.keras").layers[-2]
+    histograms = [tag for tag in tags["tensors"] if "/histogram" in tag]
+    assert len(set(histograms)) == len(histograms) == len(network.weights)
+
+
+def test_without_tensorboard_the_flag_says_what_to_install(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    line = refusal(capsys, train, *command(tmp_path, "--tensorboard"))
+    assert "pip install tensorboard" in line
 
 
 def run_in_shell(folder, *flags):

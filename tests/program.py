@@ -1,0 +1,112 @@
+"""The training program in a process of its own: `program.py OPTIONS ARGV ...`.
+
+Options, as JSON:
+    devices: number of logical CPUs. They have to be set before TensorFlow starts, and
+        two mirrored strategies in one process abort it.
+    network: one of `NETWORKS`, instead of the recipe's.
+    weights: file to whose name every worker adds its number, for what it has trained.
+    kill: seconds from the end of the first step to SIGKILL.
+    kill_in_save: seconds from the beginning of the first checkpoint to SIGKILL; at the
+        latest, when it has been written and is to be renamed.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import revnet_tf
+from training import fit, train
+
+
+def network(*normalization):
+    """Returns a function with the arguments of `models.RevNet`."""
+
+    def branch(channels):
+        layers = [layer() for layer in normalization]
+        conv = keras.layers.Conv2D(channels, 3, padding="same", activation="tanh")
+        return keras.Sequential([*layers, conv])
+
+    def build(num_blocks, channels, bottleneck, *, input_shape, classes, **_):
+        inputs = keras.Input(input_shape)
+        x = keras.layers.Conv2D(8, 3, padding="same")(inputs)
+        blocks = [revnet_tf.RevBlock(branch(4), branch(4)) for _ in range(2)]
+        x = keras.layers.Flatten()(revnet_tf.RevSequence(blocks)(x))
+        return keras.Model(inputs, keras.layers.Dense(classes)(x))
+
+    return build
+
+
+def normalize(**options):
+    return lambda: keras.layers.BatchNormalization(**options)
+
+
+NETWORKS = {
+    "plain": network(),
+    "batch_norm": network(normalize()),
+    "synchronized": network(normalize(synchronized=True)),
+    "dropout": network(normalize(), lambda: keras.layers.Dropout(0.2)),
+}
+
+
+def kill_after(seconds):
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.start()
+    return timer
+
+
+def kill_after_step(seconds):
+    on_train_batch_end = fit._RunFolder.on_train_batch_end
+
+    def first(*args, **logs):
+        kill_after(seconds)
+        fit._RunFolder.on_train_batch_end = on_train_batch_end
+        on_train_batch_end(*args, **logs)
+
+    fit._RunFolder.on_train_batch_end = first
+
+
+def kill_in_save(seconds):
+    write = tf.train.Checkpoint.write
+
+    def killed(*args):
+        kill_after(seconds)
+        write(*args)
+        kill_after(0).join()
+
+    tf.train.Checkpoint.write = killed
+
+
+def main(options, argv):
+    if "devices" in options:
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        devices = [tf.config.LogicalDeviceConfiguration()] * options["devices"]
+        tf.config.set_logical_device_configuration(cpu, devices)
+    if "network" in options:
+        fit.models.RevNet = NETWORKS[options["network"]]
+    if "kill" in options:
+        kill_after_step(options["kill"])
+    if "kill_in_save" in options:
+        kill_in_save(options["kill_in_save"])
+    fit_ = fit.fit
+
+    def fit_and_write(network, *args):
+        rows = fit_(network, *args)
+        if "weights" in options:
+            config = json.loads(os.environ.get("TF_CONFIG", "{}"))
+            index = config.get("task", {}).get("index", 0)
+            weights = np.concatenate([w.numpy().ravel() for w in network.weights])
+            np.save(f"{options['weights']}{index}.npy", weights)
+        return rows
+
+    fit.fit = fit_and_write
+    train.main(argv)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2:])
