@@ -207,6 +207,9 @@ class _RunFolder(keras.callbacks.Callback):
             print(f"Going on from step {self.step} of {recipe.train_steps}", flush=True)
         if not self.epoch_is_whole():
             self.restored_sums = [variable.numpy() for variable in self.sums]
+        # Keras does not reset those that it has not used yet.
+        for metric in metrics:
+            metric.reset_state()
         # Written before the checkpoint, metrics.csv may be a row ahead of it.
         epochs = self.step / self.steps_per_epoch
         epochs = math.ceil(epochs) if self.epoch_is_whole() else math.floor(epochs)

@@ -136,3 +136,9 @@ def test_older_version_that_tfds_supports_is_read(imagenet_dir, tmp_path):
     info.write_text(info.read_text().replace("5.1.0", "5.0.0"))
     builder = prepared_data.builder("imagenet2012", tmp_path / "copy")
     assert builder.version == "5.0.0"
+
+
+def test_several_workers_do_not_download_over_each_other(tmp_path):
+    with pytest.raises(FileNotFoundError, match="prepare it with TFDS before"):
+        prepared_data.builder("cifar10", tmp_path, download=False)
+    assert list(tmp_path.iterdir()) == []

@@ -413,7 +413,8 @@ def test_branches_of_a_mixed_precision_run_compute_in_16_bits(
     network = keras.models.load_model(tmp_path / "model.keras").layers[-2]
     block = network.get_layer("stage1")
     assert block.variable_dtype == "float32"
-    assert block.blocks[0].f.compute_dtype == precision.removeprefix("mixed_")
+    conv = block.blocks[0].f.layers[-1]
+    assert conv.compute_dtype == precision.removeprefix("mixed_")
     row, straight = rows_of(tmp_path)[-1], rows_of(finished_run)[-1]
     assert float(row["train_loss"]) == pytest.approx(
         float(straight["train_loss"]), rel=0.02

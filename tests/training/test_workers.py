@@ -33,6 +33,7 @@ def rows_of(run_dir):
 def succeed(processes):
     for done in processes:
         assert done.returncode == 0, done.stderr[-2000:]
+        assert "ran out of data" not in done.stderr
     return processes
 
 
@@ -81,6 +82,18 @@ def test_one_device_two_replicas_and_two_workers_train_the_same(network, run, tm
             np.testing.assert_allclose(found, straight, rtol=1e-5, atol=1e-5)
         for column in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
             assert float(other_row[column]) == pytest.approx(float(row[column]), 1e-5)
+
+
+def test_two_replicas_scale_the_loss_of_float16(run, tmp_path):
+    flags = [*THREE_STEPS, "--strategy", "mirrored"]
+    rows = []
+    for precision in ("float32", "mixed_float16"):
+        (tmp_path / precision).mkdir()
+        options = [*flags, "--precision", precision]
+        _, row = trained(run, tmp_path / precision, options, "plain", devices=2)
+        rows.append(float(row["train_loss"]))
+    assert rows[1] == pytest.approx(rows[0], rel=0.01)
+    assert rows[1] != rows[0]
 
 
 def step_by_halves(halves):
