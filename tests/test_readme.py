@@ -1,7 +1,9 @@
 """The README is true: its code runs, and the commands that it names exist."""
 
+import json
 import pathlib
 import re
+import subprocess
 
 import pytest
 
@@ -26,6 +28,22 @@ def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "served" / "1" / "saved_model.pb").exists()
+
+
+def test_lines_for_slurm_and_kubernetes_tell_a_worker_its_place():
+    (lines,) = [block for block in blocks("sh") if "SLURM_PROCID" in block]
+    slurm, kubernetes = lines.split("# Kubernetes")
+    hosts = {
+        "scontrol() { printf 'n0\\nn1\\n'; }; SLURM_PROCID=1\n" + slurm: ["n0", "n1"],
+        "HOSTNAME=train-1 #" + kubernetes: [f"train-{i}.train" for i in range(4)],
+    }
+    for script, names in hosts.items():
+        script += '\nprintf %s "$TF_CONFIG"'
+        config = json.loads(subprocess.check_output(["bash", "-c", script], text=True))
+        assert config == {
+            "cluster": {"worker": [f"{name}:12345" for name in names]},
+            "task": {"type": "worker", "index": 1},
+        }
 
 
 def test_every_recipe_named_exists():
