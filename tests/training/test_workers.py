@@ -181,7 +181,6 @@ def test_data_that_is_not_prepared_ends_all_workers(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_two_workers_train_from_one_file_of_tfds(run, prepared, tmp_path):
     flags = ["--recipe", "cifar10_revnet38", "--data-dir", prepared]
     flags += "--num-blocks 1 --channels 8 8 --global-batch-size 8".split()
