@@ -1,42 +1,131 @@
-"""Exports a finished run again: `python -m training.export RUN_DIR [--output DIR]`.
+"""Exports a finished run: `python -m training.export RUN_DIR [--format FORMAT]`.
 
-A version is a numbered folder, as TensorFlow Serving expects; without `--output` it is
-the next one under `RUN_DIR/export`.
+A version of the SavedModel is a numbered folder, as TensorFlow Serving expects; without
+`--output` it is the next one under `RUN_DIR/export`. The other formats are files: ONNX,
+and LiteRT for small devices, in float32 or int8 arithmetic.
 """
 
 import sys
 from pathlib import Path
 
 from training import runs
-from training.command import Parser, io_errors
+from training.command import Parser, io_errors, one_of
+
+# With the name of the file in the run folder.
+FILES = {
+    "litert": "model.tflite",
+    "litert_int8": "model_int8.tflite",
+    "onnx": "model.onnx",
+}
+FORMATS = ("saved_model", *FILES)
+# The ranges of int8 numbers change little after the first hundred.
+NUM_REPRESENTATIVE_IMAGES = 300
 
 
-def export(run_dir, output, class_names):
-    """Writes the run's `model.keras` as a SavedModel folder at `output`."""
+def export(run_dir, output, result):
+    """Writes the run's `model.keras` as a SavedModel folder at `output`.
+
+    Args:
+        run_dir: folder of the run.
+        output: path of the new folder.
+        result: dictionary, as in `result.json`.
+    """
     import keras
 
-    import revnet_tf  # It also registers the model's layers.
+    from revnet_tf.export import decode_image, export_saved_model
+    from training import imagenet
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    model = keras.models.load_model(run_dir / "model.keras")
-    revnet_tf.export.export_saved_model(model, output, class_names=class_names)
+    model = load(run_dir)
+    recipe = runs.read_json(run_dir / "recipe.json")
+    # As `fit.serving_model` makes it.
+    _, normalization, network, probabilities = model.layers
+    pooled = keras.Model(network.input, network.get_layer("avg_pool").output)
+    export_saved_model(
+        model,
+        output,
+        class_names=result["class_names"],
+        signatures={
+            "logits": probabilities.input,
+            "features": pooled(normalization.output),
+        },
+        decode=(
+            imagenet.centre_crop
+            if recipe["dataset"] == "imagenet2012"
+            else decode_image(model.input_shape[1:])
+        ),
+        card={"recipe": recipe, "result": result},
+    )
+
+
+def export_file(run_dir, output, file_format, images=None):
+    """Writes the run's `model.keras` as a file, with `images` in int8 arithmetic."""
+    from revnet_tf.export import export_litert, export_onnx
+
+    if file_format == "onnx":
+        export_onnx(load(run_dir), output)
+    else:
+        export_litert(load(run_dir), output, representative_images=images)
+
+
+def representative_images(run_dir, data_dir):
+    """Returns training images of a run, augmented, `uint8`."""
+    import numpy as np
+
+    from training import data
+
+    recipe = runs.recipe_of(run_dir)
+    images = data.load(recipe, data_dir)
+    batches = images.training_batches(recipe).unbatch().take(NUM_REPRESENTATIVE_IMAGES)
+    normalized = np.stack([image for image, _ in batches.as_numpy_iterator()])
+    pixels = np.rint(normalized * images.scale + images.mean)
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def load(run_dir):
+    import keras
+
+    import revnet_tf  # noqa: F401  It registers the model's layers.
+
+    return keras.models.load_model(run_dir / "model.keras")
 
 
 def main(argv=None):
     parser = Parser(prog="python -m training.export", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="must not exist yet")
+    parser.add_argument(
+        "--format",
+        type=one_of(FORMATS),
+        default="saved_model",
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)}; defaults to saved_model",
+    )
+    parser.add_argument("--output", type=Path, help="must not exist yet")
+    parser.add_argument(
+        "--data-dir", type=Path, help="as in training.train, for litert_int8"
+    )
     args = parser.parse_args(argv)
     try:
         result = runs.finished(args.run_dir)
-        output = args.output or next_version(args.run_dir / "export")
+        if args.output:
+            output = args.output
+        elif args.format in FILES:
+            output = args.run_dir / FILES[args.format]
+        else:
+            output = next_version(args.run_dir / "export")
         if output.exists():
             raise FileExistsError(f"output={output} exists; give another --output.")
+        images = None
+        if args.format == "litert_int8":
+            images = representative_images(args.run_dir, args.data_dir)
     except (ValueError, OSError) as error:
         parser.error(error)
     try:
-        export(args.run_dir, output, result["class_names"])
-    except io_errors() as error:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if args.format == "saved_model":
+            export(args.run_dir, output, result)
+        else:
+            export_file(args.run_dir, output, args.format, images)
+    except (ImportError, RuntimeError, *io_errors()) as error:
         parser.fail(1, error)
     print(output)
 

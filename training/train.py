@@ -116,13 +116,10 @@ def check_replicas(recipe, replicas):
 
 
 def finish(run_dir, name, recipe, network, images, rows):
-    """Exports, draws and scores a trained run; its result is what was saved."""
+    """Draws, scores and exports a trained run; its result is what was saved."""
     from training import evaluate, export, fit
 
     runs.draw_curves(run_dir / "curves.png", rows, name)
-    # Left by a run that was stopped after it.
-    shutil.rmtree(run_dir / "export", ignore_errors=True)
-    export.export(run_dir, run_dir / "export" / "1", images.class_names)
     accuracy, loss = evaluate.score(run_dir, images)
     result = {
         "recipe": name,
@@ -134,6 +131,10 @@ def finish(run_dir, name, recipe, network, images, rows):
         "skipped_images": len(images.corrupt),
         "class_names": images.class_names,
     }
+    # Left by a run that was stopped after it.
+    shutil.rmtree(run_dir / "export", ignore_errors=True)
+    (run_dir / "export").mkdir()
+    export.export(run_dir, run_dir / "export" / "1", result)
     runs.write_json(run_dir / "result.json", result)
     if images.corrupt:
         print(f"\n{len(images.corrupt)} corrupt image(s) left out", end="")

@@ -176,6 +176,25 @@ def test_saved_model_takes_images_as_they_are_and_gives_the_same_probabilities(
     np.testing.assert_allclose(tf.reduce_sum(expected, -1), 1, rtol=1e-5)
 
 
+def test_saved_model_of_a_run_has_its_logits_features_and_card(finished_run):
+    x = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    path = finished_run / "export" / "1"
+    signatures = tf.saved_model.load(path).signatures
+    assert set(signatures) == {"serving_default", "logits", "features", "encoded"}
+    model = keras.models.load_model(finished_run / "model.keras")
+    logits = signatures["logits"](inputs=tf.constant(x))["logits"]
+    np.testing.assert_allclose(tf.nn.softmax(logits), model(x), atol=1e-5)
+    features = signatures["features"](inputs=tf.constant(x))["features"]
+    dense = next(
+        layer for layer in model._flatten_layers() if layer.name == "predictions"
+    )
+    np.testing.assert_allclose(dense(features), logits, rtol=1e-4, atol=1e-5)
+    card = json.loads((path / "model_card.json").read_text())
+    assert card["result"] == json.loads((finished_run / "result.json").read_text())
+    assert card["recipe"] == json.loads((finished_run / "recipe.json").read_text())
+    assert card["class_names"] == list("0123456789")
+
+
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     unfinished_run, finished_run, capsys
 ):
