@@ -24,8 +24,10 @@ def blocks(language):
 def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    assert blocks("python")
-    for code in blocks("python"):
+    # Clients need a server: tests/training/test_serving.py has one.
+    alone = [code for code in blocks("python") if "localhost" not in code]
+    assert alone
+    for code in alone:
         exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "served" / "1" / "saved_model.pb").exists()
 
