@@ -397,8 +397,27 @@ def test_export_writes_the_next_version_or_to_output(finished_run, tmp_path, cap
     second = finished_run / "export" / "2"
     assert (second / "saved_model.pb").is_file()
     assert capsys.readouterr().out.split() == [str(output), str(second)]
-    line = refusal(capsys, export, finished_run, "--output", output)
-    assert f"output={output} exists" in line
+    for file_format in export.FORMATS:
+        line = refusal(
+            capsys, export, finished_run, "--output", output, "--format", file_format
+        )
+        assert f"output={output} exists" in line
+
+
+def test_unknown_format_is_refused(finished_run, capsys):
+    line = refusal(capsys, export, finished_run, "--format", "tflite")
+    assert "did you mean litert?" in line
+
+
+def test_missing_extra_is_one_line(finished_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(SystemExit) as exit_:
+        output = str(tmp_path / "model.onnx")
+        export.main([str(finished_run), "--format", "onnx", "--output", output])
+    assert exit_.value.code == 1
+    err = capsys.readouterr().err
+    assert "install revnet-tf[onnx]" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_unfinished_run_is_neither_scored_nor_exported(tmp_path, capsys):
