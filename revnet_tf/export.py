@@ -266,7 +266,7 @@ def _written_whole(path):
 
 def _answer(model, x):
     y = model(x, training=False)
-    return tf.cast(y, tf.float32) if y.dtype.size < 4 else y
+    return tf.cast(y, tf.float32) if y.dtype in (tf.float16, tf.bfloat16) else y
 
 
 def _named(name, model):
