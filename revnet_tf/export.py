@@ -143,14 +143,15 @@ def export_litert(model, path, *, representative_images=None):
         path: file to write, `*.tflite`; it must not exist.
         representative_images: array of some hundred inputs, `(n, ...)`, in the dtype
             of the model's input: convert to int8 arithmetic, with the ranges that are
-            found on them. Defaults to `None`, float32.
+            found on them. Defaults to `None`, float32. (Fixed-point streams,
+            `fraction_bits`, need more than 8 bits: what is written is not kept.)
 
     Raises:
         FileExistsError: there is something at `path` already.
         ImportError: the extra is not installed.
         ValueError: the model is not built, has several inputs or outputs; the name of
             the file has another ending; `representative_images` have another dtype
-            than the input.
+            than the input; the model computes in 16 bits, as under a mixed policy.
         OSError: it cannot be written.
         RuntimeError: the written file does not reproduce the model's predictions.
     """
@@ -170,6 +171,7 @@ def export_litert(model, path, *, representative_images=None):
             "target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]},
         }
 
+    function = _graph(model, spec, "LiteRT", [tf.float16, tf.bfloat16])
     with _written_whole(path) as part:
         keras.Model(model.inputs, {"predictions": model.outputs[0]}).export(
             part, format="litert", input_signature=[spec], verbose=False, **options
@@ -180,9 +182,9 @@ def export_litert(model, path, *, representative_images=None):
             return run(inputs=x)["predictions"]
 
         if representative_images is None:
-            _check_close(model, predict, spec)
+            _check_close(model, function, predict, spec)
         else:
-            _check_quantized(model, predict, spec, images)
+            _check_quantized(model, function, predict, images)
 
 
 def export_onnx(model, path):
@@ -196,15 +198,13 @@ def export_onnx(model, path):
         path: file to write; it must not exist.
 
     Raises:
-        As `export_litert`.
+        As `export_litert`; float16 is no error.
     """
     spec = _validate(model, path)
     tf2onnx = _extra("tf2onnx", "onnx")
     onnx = _extra("onnx", "onnx")
     runtime = _extra("onnxruntime", "onnx")
-    function = tf.function(
-        lambda inputs: {"predictions": _answer(model, inputs)}, [spec], autograph=False
-    )
+    function = _graph(model, spec, "ONNX Runtime", [tf.bfloat16])
     proto, _ = tf2onnx.convert.from_function(function, [spec])
     # Tensors that a layer holds, as `Normalization` does, have become inputs.
     concrete = function.get_concrete_function()
@@ -220,9 +220,11 @@ def export_onnx(model, path):
     with _written_whole(path) as part:
         onnx.save(proto, part)
         session = runtime.InferenceSession(part, providers=["CPUExecutionProvider"])
-        _check_close(
-            model, lambda x: session.run(["predictions"], {"inputs": x})[0], spec
-        )
+
+        def predict(x):
+            return session.run(["predictions"], {"inputs": x})[0]
+
+        _check_close(model, function, predict, spec)
 
 
 def _validate(model, path):
@@ -380,11 +382,32 @@ def _check_saved_model(folder, model, functions, specs):
         )
 
 
-def _check_close(model, predict, spec):
-    live_model = _live(model, spec)
+def _graph(model, spec, runtime, refused):
+    """Returns the model as a function of a graph, if the runtime has its numbers."""
+    function = tf.function(
+        lambda inputs: {"predictions": _answer(model, inputs)}, [spec], autograph=False
+    )
+    operations = function.get_concrete_function().graph.get_operations()
+    found = {tensor.dtype for operation in operations for tensor in operation.outputs}
+    for dtype in refused:
+        if dtype in found:
+            raise ValueError(
+                f"{model.name} computes in {dtype.name}, which {runtime} does not; "
+                "build it under the dtype policy 'float32' and load its weights."
+            )
+    return function
+
+
+def _live(function, x):
+    """Returns the model's answers on the CPU, where those of the file come from."""
+    with tf.device("CPU:0"):
+        return function(tf.constant(x))["predictions"].numpy()
+
+
+def _check_close(model, function, predict, spec):
     for batch_size in BATCH_SIZES:
         x = _examples({"serving_default": spec}, batch_size)["serving_default"]
-        live, written = live_model(x), predict(x)
+        live, written = _live(function, x), predict(x)
         difference = np.abs(written - live).max()
         # Kernels of another library add up in another order.
         if not difference <= 1e-4 * max(1.0, np.abs(live).max()):
@@ -394,24 +417,13 @@ def _check_close(model, predict, spec):
             )
 
 
-def _check_quantized(model, predict, spec, images):
+def _check_quantized(model, function, predict, images):
     batches = [images[i : i + 32] for i in range(0, len(images), 32)]
-    live = np.concatenate([*map(_live(model, spec), batches)])
-    error = np.concatenate([*map(predict, batches)]) - live
+    live = np.concatenate([_live(function, x) for x in batches])
+    error = np.concatenate([predict(x) for x in batches]) - live
     error, deviation = np.sqrt(np.mean(error**2)), np.std(live - live.mean(0))
     if not error < deviation / 2:
         raise RuntimeError(
             f"The int8 {model.name} was not kept: its predictions are off by "
             f"{error:.3g}, where those of the model vary by {deviation:.3g}."
         )
-
-
-def _live(model, spec):
-    """Returns the model as a graph that runs on the CPU, as what is written does."""
-    graph = tf.function(lambda x: _answer(model, x), [spec], autograph=False)
-
-    def predict(x):
-        with tf.device("CPU:0"):
-            return graph(tf.constant(x)).numpy()
-
-    return predict

@@ -125,7 +125,7 @@ def main(argv=None):
             export(args.run_dir, output, result)
         else:
             export_file(args.run_dir, output, args.format, images)
-    except (ImportError, RuntimeError, *io_errors()) as error:
+    except (ImportError, RuntimeError, ValueError, *io_errors()) as error:
         parser.fail(1, error)
     print(output)
 

@@ -5,6 +5,7 @@ import sys
 
 import keras
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import tensorflow as tf
@@ -70,6 +71,16 @@ def test_fixed_point_streams_are_served_and_never_leave_their_range_in_silence(
         serve(inputs=tf.constant(too_large))
 
 
+@pytest.mark.parametrize(
+    "name, dtype", [("model.tflite", "float16"), ("model.onnx", "bfloat16")]
+)
+def test_numbers_that_the_runtime_does_not_have_are_refused(tmp_path, name, dtype):
+    keras.config.set_dtype_policy(f"mixed_{dtype}")
+    with pytest.raises(ValueError, match=f"computes in {dtype}, which .* does not"):
+        WRITERS[name](dense_model(), tmp_path / name)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_existing_file_is_refused_and_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -93,8 +104,7 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, name, module, extra):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_file_that_differs_is_not_kept(tmp_path, name):
+def test_litert_file_that_differs_is_not_kept(tmp_path):
     class Unsteady(keras.layers.Layer):
         """Answers otherwise each time that its graph is made."""
 
@@ -102,7 +112,22 @@ def test_file_that_differs_is_not_kept(tmp_path, name):
             return x + np.random.default_rng().uniform()
 
     with pytest.raises(RuntimeError, match="differs from the model"):
-        WRITERS[name](dense_model(Unsteady()), tmp_path / name)
+        export_litert(dense_model(Unsteady()), tmp_path / "model.tflite")
+    assert not os.listdir(tmp_path)
+
+
+def test_onnx_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+    save = onnx.save
+
+    def save_other_weights(proto, path):
+        for weight in proto.graph.initializer:
+            array = onnx.numpy_helper.to_array(weight)
+            weight.CopyFrom(onnx.numpy_helper.from_array(array + 1, weight.name))
+        save(proto, path)
+
+    monkeypatch.setattr(onnx, "save", save_other_weights)
+    with pytest.raises(RuntimeError, match="differs from the model"):
+        export_onnx(dense_model(), tmp_path / "model.onnx")
     assert not os.listdir(tmp_path)
 
 
