@@ -5,6 +5,7 @@ Options, as JSON:
         two mirrored strategies in one process abort it.
     network: one of `NETWORKS`, instead of the recipe's.
     weights: file to whose name every worker adds its number, for what it has trained.
+    fit_only: whether the run ends with the training, without export and score.
     kill: seconds from the end of the first step to SIGKILL.
     kill_in_save: seconds from the beginning of the first checkpoint to SIGKILL; at the
         latest, when it has been written and is to be renamed.
@@ -36,7 +37,8 @@ def network(*normalization):
         inputs = keras.Input(input_shape)
         x = keras.layers.Conv2D(8, 3, padding="same")(inputs)
         blocks = [revnet_tf.RevBlock(branch(4), branch(4)) for _ in range(2)]
-        x = keras.layers.Flatten()(revnet_tf.RevSequence(blocks)(x))
+        x = revnet_tf.RevSequence(blocks)(x)
+        x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
         return keras.Model(inputs, keras.layers.Dense(classes)(x))
 
     return build
@@ -93,6 +95,8 @@ def main(options, argv):
         kill_after_step(options["kill"])
     if "kill_in_save" in options:
         kill_in_save(options["kill_in_save"])
+    if options.get("fit_only"):
+        train.finish = lambda *_: None
     fit_ = fit.fit
 
     def fit_and_write(network, *args):

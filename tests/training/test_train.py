@@ -66,6 +66,12 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture
+def unexported(monkeypatch):
+    """Saves the time of the export, where the training is what is tested."""
+    monkeypatch.setattr(export, "export", lambda *_: None)
+
+
 class Interrupted(Exception):
     pass
 
@@ -130,7 +136,7 @@ def test_steps_are_exact_where_the_last_epoch_is_not_whole(finished_run):
     assert json.loads((finished_run / "result.json").read_text())["steps"] == 17
 
 
-def test_fewer_steps_than_an_epoch_are_exact(tmp_path):
+def test_fewer_steps_than_an_epoch_are_exact(tmp_path, unexported):
     train.main(command(tmp_path, "--train-steps", "2"))
     assert [row["step"] for row in rows_of(tmp_path)] == ["2"]
 
@@ -196,7 +202,7 @@ def test_saved_model_of_a_run_has_its_logits_features_and_card(finished_run):
 
 
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    unfinished_run, finished_run, capsys
+    unfinished_run, finished_run, unexported, capsys
 ):
     train.main(command(unfinished_run))
     assert "Going on from step 7 of 17" in capsys.readouterr().out
@@ -444,7 +450,7 @@ def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_branches_of_a_mixed_precision_run_compute_in_16_bits(
-    precision, tmp_path, finished_run
+    precision, tmp_path, finished_run, unexported
 ):
     train.main(command(tmp_path, "--precision", precision))
     assert keras.config.dtype_policy().name == "float32"
@@ -468,7 +474,7 @@ def test_loss_of_a_float16_run_is_scaled():
     assert isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
-def test_run_compiled_by_xla_trains_the_same(tmp_path, finished_run):
+def test_run_compiled_by_xla_trains_the_same(tmp_path, finished_run, unexported):
     train.main(command(tmp_path, "--jit"))
     for row, straight in zip(rows_of(tmp_path), rows_of(finished_run), strict=True):
         loss = float(straight["train_loss"])
@@ -491,7 +497,7 @@ def test_metrics_have_speed_and_memory(finished_run):
         assert 100 < float(row["peak_memory_mib"]) < 100_000
 
 
-def test_tensorboard_shows_curves_and_a_histogram_of_each_weight(tmp_path):
+def test_tensorboard_shows_curves_and_a_histogram_of_each_weight(tmp_path, unexported):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
