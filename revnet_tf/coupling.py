@@ -66,33 +66,37 @@ class Branch(NamedTuple):
 class Coupling(NamedTuple):
     """A reversible block: keeps nothing between forward and backward but its states.
 
-    With `fraction_bits` the streams are fixed-point numbers: `fixed_point`.
+    With `fraction_bits` the streams are fixed-point numbers: `fixed_point`. An `anchor`
+    keeps its inputs, too: its gradient goes on with them, not with rebuilt ones.
     """
 
     f: Branch
     g: Branch
     fraction_bits: int | None = None
+    anchor: bool = False
 
     def forward(self, x1, x2, weights, state):
         (fx,), after_f, f_losses, f_read = self.f(weights, state, x2)
         y1 = add(x1, fx, self.fraction_bits)
         (gy,), after_g, g_losses, g_read = self.g(weights, after_f, y1)
         y2 = add(x2, gy, self.fraction_bits)
-        kept = (state, f_read), (after_f, g_read), len(f_losses)
+        inputs = (x1, x2) if self.anchor else None
+        kept = (state, f_read), (after_f, g_read), len(f_losses), inputs
         return y1, y2, after_g, [*f_losses, *g_losses], kept
 
     def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
-        before_f, before_g, count = kept
+        before_f, before_g, count, inputs = kept
         # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
         (gy,), (dy1,) = _vjp(
             self.g, weights, before_g, [y1], [d2], d_losses[count:], [d1], accumulate
         )
-        x2, d1 = subtract(y2, gy, self.fraction_bits), d1 + dy1
+        x2 = inputs[1] if inputs else subtract(y2, gy, self.fraction_bits)
+        d1 = d1 + dy1
         (fx,), (dx2,) = _vjp(
             self.f, weights, before_f, [x2], [d1], d_losses[:count], [d2], accumulate
         )
-        x1, d2 = subtract(y1, fx, self.fraction_bits), d2 + dx2
-        return x1, x2, d1, d2
+        x1 = inputs[0] if inputs else subtract(y1, fx, self.fraction_bits)
+        return x1, x2, d1, d2 + dx2
 
 
 class Checkpoint(NamedTuple):
@@ -110,6 +114,28 @@ class Checkpoint(NamedTuple):
             self.block, weights, before, [x1, x2], [d1, d2], d_losses, [], accumulate
         )
         return x1, x2, d1, d2
+
+
+class Watched(NamedTuple):
+    """A step that tells what it rebuilds: `tell(inputs, rebuilt)`, two pairs.
+
+    It keeps its inputs for that, and goes on with what it has rebuilt.
+    """
+
+    step: Coupling | Checkpoint
+    tell: Callable
+
+    def forward(self, x1, x2, weights, state):
+        *results, kept = self.step.forward(x1, x2, weights, state)
+        return *results, (kept, x1, x2)
+
+    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
+        kept, *inputs = kept
+        *rebuilt, d1, d2 = self.step.backward(
+            y1, y2, d1, d2, d_losses, weights, kept, accumulate
+        )
+        self.tell(inputs, rebuilt)
+        return *rebuilt, d1, d2
 
 
 class Handoff:
@@ -151,7 +177,7 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
     """Applies blocks in order and keeps only their last outputs for the gradient.
 
     Args:
-        steps: list of `Coupling` and `Checkpoint`.
+        steps: list of `Coupling`, `Checkpoint` and `Watched`.
         x1, x2: the two streams, floating-point tensors of one dtype.
         weights: the tensors to which the branches have gradients. Each branch names
             its own by position, so several can share one.

@@ -72,6 +72,9 @@ class RevBlock(_ReversibleLayer):
             rounded to them, which gradients pass as if it were not there; leaving the
             range is an error, under XLA NaN. 10 to 14 suit a network with
             normalization. Defaults to `None`, floating-point streams.
+        anchor: if `True`, keep the block's inputs, so that what rounding has done to
+            the blocks after it goes no further; can be set at any time, as
+            `recompute`. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`. The streams have the variable
             dtype of the policy, float32 under `mixed_float16` and `mixed_bfloat16`.
 
@@ -107,7 +110,17 @@ class RevBlock(_ReversibleLayer):
         Gomez et al., 2017, section 3.1, https://arxiv.org/abs/1707.04585
     """
 
-    def __init__(self, f, g, *, axis=-1, recompute=True, fraction_bits=None, **kwargs):
+    def __init__(
+        self,
+        f,
+        g,
+        *,
+        axis=-1,
+        recompute=True,
+        fraction_bits=None,
+        anchor=False,
+        **kwargs,
+    ):
         super().__init__(
             axis=axis, recompute=recompute, fraction_bits=fraction_bits, **kwargs
         )
@@ -116,6 +129,7 @@ class RevBlock(_ReversibleLayer):
                 raise ValueError(f"{name}={branch!r} must be a Keras layer or model.")
         self.f = f
         self.g = g
+        self.anchor = anchor
         self.supports_masking = f.supports_masking and g.supports_masking
 
     def build_streams(self, shape1, shape2):
@@ -156,8 +170,11 @@ class RevBlock(_ReversibleLayer):
             return variables.branch(layer, call, arguments.of(layer, stream))
 
         return coupling.Coupling(
-            branch(self.f, 1), branch(self.g, 0), self.fraction_bits
+            branch(self.f, 1), branch(self.g, 0), self.fraction_bits, self.anchor
         )
+
+    def get_config(self):
+        return {**super().get_config(), "anchor": self.anchor}
 
 
 @keras.saving.register_keras_serializable("revnet_tf")

@@ -4,6 +4,9 @@ Splitting and joining, the dtype of the streams, the arguments that go on to the
 branches, and the runs that are recomputed.
 """
 
+import contextlib
+import contextvars
+import functools
 import inspect
 from typing import NamedTuple
 
@@ -15,6 +18,11 @@ from revnet_tf import coupling, fixed_point, pure
 # Attribute of a symbolic output tensor: how the layer that is called on it next finds
 # the `coupling.Handoff` of the run that made it.
 _MADE_BY = "_revnet_tf_made_by"
+
+
+# Set by `watch` and `ordinary_backpropagation`, for the layers that are called then.
+_tell = contextvars.ContextVar("tell", default=None)
+_ordinary = contextvars.ContextVar("ordinary", default=False)
 
 
 class Arguments(NamedTuple):
@@ -122,7 +130,7 @@ class TwoStreamLayer(keras.layers.Layer):
         if self.fraction_bits is not None and received is None:
             x1, x2 = (fixed_point.convert(x, self.fraction_bits) for x in (x1, x2))
         for layers, recompute in self.runs():
-            if recompute and arguments.training:
+            if recompute and arguments.training and not _ordinary.get():
                 result = self._run(layers, x1, x2, arguments, received)
                 x1, x2, received = result.y1, result.y2, result.handoff
             else:
@@ -154,6 +162,11 @@ class TwoStreamLayer(keras.layers.Layer):
     def _run(self, layers, x1, x2, arguments, received):
         variables = pure.Variables()
         steps = [layer.step(variables, arguments) for layer in layers]
+        if tell := _tell.get():
+            steps = [
+                coupling.Watched(step, functools.partial(tell, layer))
+                for layer, step in zip(layers, steps, strict=True)
+            ]
         weights, state = variables.values()
         with pure.repeatable_operations():
             result = coupling.run(steps, x1, x2, weights, state, received)
@@ -291,6 +304,31 @@ class TwoStreamLayer(keras.layers.Layer):
         shape = list(shapes)
         shape[self.axis] = size // 2
         return tuple(shape), tuple(shape)
+
+
+def watch(tell):
+    """Has layers that are called in the context tell what their gradient rebuilds.
+
+    Args:
+        tell: `tell(layer, inputs, rebuilt)`, called while the gradient is computed or
+            traced, with the pair that the layer had and the pair that it was rebuilt
+            as.
+    """
+    return _set(_tell, tell)
+
+
+def ordinary_backpropagation():
+    """Has layers that are called in the context work as with `recompute=False`."""
+    return _set(_ordinary, True)
+
+
+@contextlib.contextmanager
+def _set(variable, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def restore_layers(config, names, memo=None):

@@ -355,6 +355,20 @@ def test_streams_of_a_mixed_policy_are_float32_and_survive_the_config():
     assert (clone.compute_dtype, clone.f.compute_dtype) == ("float32", "bfloat16")
 
 
+def test_anchors_survive_clones_and_files(tmp_path):
+    blocks = [dense_block(anchor=i == 1) for i in range(3)]
+    model = keras.Sequential([keras.Input((8,)), RevSequence(blocks), dense_block()])
+    model.layers[1].anchor = True
+    model.save(tmp_path / "model.keras")
+    for other in (
+        keras.models.clone_model(model),
+        keras.models.load_model(tmp_path / "model.keras"),
+    ):
+        sequence, block = other.layers
+        assert [b.anchor for b in sequence.blocks] == [False, True, False]
+        assert block.anchor
+
+
 def test_recompute_can_be_set_after_build():
     block = dense_block()
     x = images(2, 8)
