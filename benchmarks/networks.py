@@ -6,7 +6,13 @@ from revnet_tf import RevBlock, RevSequence, models
 
 layers = keras.layers
 
-CHAINS = ("sequence", "functional", "sequential", "ordinary")
+# Chains that are one `RevSequence`, with its options.
+SEQUENCES = {
+    "sequence": {},
+    "fixed_point": {"fraction_bits": 14},
+    "ordinary": {"recompute": False},
+}
+CHAINS = ("functional", "sequential", *SEQUENCES)
 REVNETS = ("revnet", "revnet_ordinary")
 
 
@@ -30,8 +36,9 @@ def build(network, num_blocks, jit_compile=False):
 
     Args:
         network: `"sequence"` (one `RevSequence`), `"functional"` or `"sequential"`
-            (blocks called one by one in such a model), `"ordinary"` (a sequence with
-            ordinary backpropagation); `"revnet"` or `"revnet_ordinary"`, with the
+            (blocks called one by one in such a model), `"fixed_point"` (a sequence with
+            fixed-point streams), `"ordinary"` (a sequence with ordinary
+            backpropagation); `"revnet"` or `"revnet_ordinary"`, with the
             widths of the paper's RevNet-110.
         num_blocks: number of blocks; in each of three stages for a RevNet.
         jit_compile: whether to compile the training step with XLA.
@@ -53,7 +60,7 @@ def build(network, num_blocks, jit_compile=False):
                 y = block()(y)
         else:
             blocks = [block() for _ in range(num_blocks)]
-            y = RevSequence(blocks, recompute=network == "sequence")(y)
+            y = RevSequence(blocks, **SEQUENCES[network])(y)
         for layer in head():
             y = layer(y)
         model = keras.Model(x, y)

@@ -28,11 +28,19 @@ def test_memory_of_ordinary_backpropagation_grows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["sequence", "functional", "sequential"])
+@pytest.mark.parametrize(
+    "network", ["sequence", "functional", "sequential", "fixed_point"]
+)
 def test_memory_of_every_kind_of_chain_is_flat_at_4_8_and_16_blocks(network):
     depths = (4, 8, 16)
     assert spread([bytes_per_sample(network, n) for n in depths]) < 0.15
     assert spread([xla_temporary_bytes(network, n) for n in depths]) < 0.02
+
+
+@pytest.mark.slow
+def test_fixed_point_streams_take_no_more_memory_than_others():
+    plain, fixed = (bytes_per_sample(n, 8) for n in ("sequence", "fixed_point"))
+    assert fixed < 1.1 * plain
 
 
 @pytest.mark.slow
