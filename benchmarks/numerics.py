@@ -1,0 +1,231 @@
+"""What rounding does to rebuilt activations and to gradients.
+
+    python -m benchmarks.numerics                         # by depth and precision
+    python -m benchmarks.numerics --training --minutes 30 --data-dir DIR
+    python -m benchmarks.numerics --plot                  # the plots, from CSV files
+
+By depth: a chain of blocks with the weights that it begins with, two streams of 4
+channels, 8x8, batch 16, in eager mode, so that no graph of a thousand blocks has to be
+built; numerics.csv and numerics.png.
+
+Training: the paper's figure. RevNet-164 on CIFAR-10 as its recipe has it, once with
+rebuilt and once with stored activations, in turns, from the same weights and images;
+numerics_training.csv and numerics_training.png.
+
+The same command goes on where it was stopped: a cell of the table that has its row is
+not measured again, a training continues from its last checkpoint.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.provenance import FOLDER, provenance
+from revnet_tf import RevBlock, RevSequence
+from revnet_tf.numerics import ReversibilityMonitor
+from training import data, fit, runs
+from training.recipes import RECIPES
+
+DEPTHS = 10, 30, 100, 300
+
+# Policy of all layers, fraction bits, blocks from one anchor to the next.
+WAYS = {
+    "float32": ("float32", None, None),
+    "float32, fraction_bits=14": ("float32", 14, None),
+    "mixed_bfloat16": ("mixed_bfloat16", None, None),
+    "mixed_float16": ("mixed_float16", None, None),
+    "bfloat16 streams": ("bfloat16", None, None),
+    "bfloat16 streams, an anchor every 5 blocks": ("bfloat16", None, 5),
+}
+
+CHECKPOINT_STEPS = 10
+
+
+def branch():
+    return keras.Sequential(
+        [
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Conv2D(4, 3, padding="same", use_bias=False),
+        ]
+    )
+
+
+def chain(num_blocks, policy, fraction_bits, anchor_every):
+    """Returns a compiled chain of blocks with a classifier."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+    blocks = [
+        RevBlock(
+            branch(),
+            branch(),
+            fraction_bits=fraction_bits,
+            anchor=anchor_every is not None and i % anchor_every == 0,
+        )
+        for i in range(num_blocks)
+    ]
+    x = keras.Input((8, 8, 8))
+    pooled = keras.layers.GlobalAveragePooling2D()(RevSequence(blocks)(x))
+    model = keras.Model(x, keras.layers.Dense(10)(pooled))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, run_eagerly=True)
+    return model
+
+
+def watched(model, x, y, every_steps=1):
+    """Returns a monitor that has measured once, and warns of nothing."""
+    monitor = ReversibilityMonitor(
+        x, y, every_steps, max_error=math.inf, max_angle=math.inf
+    )
+    monitor.set_model(model)
+    monitor.on_train_begin()
+    return monitor
+
+
+def by_depth(depths):
+    path = FOLDER / "numerics.csv"
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 8, 8, 8), dtype="float32")
+    y = rng.integers(10, size=16)
+    for depth in depths:
+        for way, options in WAYS.items():
+            rows = runs.read_metrics(path)
+            if any((r["way"], r["num_blocks"]) == (way, str(depth)) for r in rows):
+                continue
+            (found,) = watched(chain(depth, *options), x, y).rows
+            row = {
+                "way": way,
+                "num_blocks": depth,
+                "reconstruction_error": f"{found['reconstruction_error']:.3g}",
+                "gradient_angle": f"{found['gradient_angle']:.3g}",
+            }
+            runs.write_metrics(path, [*rows, provenance() | row])
+            print(*row.values(), flush=True)
+            keras.backend.clear_session()
+
+
+def training(recipe, images, run_dir, every_steps, steps, minutes):
+    """Trains both networks a step each in turns, and writes down how they do."""
+    path, start = FOLDER / "numerics_training.csv", time.monotonic()
+    networks = []
+    for recompute in (True, False):
+        keras.utils.set_random_seed(recipe.seed)
+        networks.append(
+            fit.build(dataclasses.replace(recipe, recompute=recompute), images)
+        )
+    variables = [
+        [*network.variables, *network.optimizer.variables] for network in networks
+    ]
+    checkpoint = tf.train.Checkpoint(variables=variables)
+    manager = tf.train.CheckpointManager(checkpoint, run_dir, max_to_keep=2)
+    if manager.latest_checkpoint:
+        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+    first = int(networks[0].optimizer.iterations.numpy())
+    rows = [row for row in runs.read_metrics(path) if int(row["step"]) <= first]
+    common = provenance()
+    x, y, _ = next(iter(images.test_batches(16)))
+    monitor = watched(networks[0], x, y, every_steps)
+    batches = iter(images.training_batches(recipe, first))
+    for step in range(first + 1, steps + 1):
+        x, y = next(batches)
+        row = {"step": step}
+        for name, network in zip(("rebuilt", "stored"), networks, strict=True):
+            network.reset_metrics()
+            logs = network.train_on_batch(x, y, return_dict=True)
+            row[f"{name}_loss"] = float(logs["cross_entropy"])
+        monitor.on_train_batch_end(step)
+        last = monitor.rows[-1]
+        for name in ("reconstruction_error", "gradient_angle"):
+            row[name] = last[name] if last["step"] == step else ""
+        rows.append(common | row)
+        print(*row.values(), flush=True)
+        done = step == steps or time.monotonic() - start > 60 * minutes
+        if done or step % CHECKPOINT_STEPS == 0:
+            runs.write_metrics(path, rows)
+            manager.save(step)
+        if done:
+            return
+
+
+def plot():
+    from matplotlib.figure import Figure
+
+    rows = runs.read_metrics(FOLDER / "numerics.csv")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    quantities = {
+        "reconstruction_error": "relative reconstruction error",
+        "gradient_angle": "gradient angle, degrees",
+    }
+    for ax, (name, label) in zip(
+        figure.subplots(1, 2), quantities.items(), strict=True
+    ):
+        for way in WAYS:
+            points = [
+                (int(r["num_blocks"]), float(r[name])) for r in rows if r["way"] == way
+            ]
+            # Zeros have no place on a logarithmic axis.
+            points = [point for point in sorted(points) if point[1] > 0]
+            ax.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=way)
+        ax.set(xlabel="blocks", ylabel=label, xscale="log", yscale="log")
+        ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    save(figure, "numerics.png")
+
+    rows = runs.read_metrics(FOLDER / "numerics_training.csv")
+    if not rows:
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    angle, loss = figure.subplots(1, 2)
+    measured = [row for row in rows if row["gradient_angle"]]
+    angle.plot(
+        [int(row["step"]) for row in measured],
+        [float(row["gradient_angle"]) for row in measured],
+        ".-",
+    )
+    steps = [int(row["step"]) for row in rows]
+    for name, style in (("rebuilt", "-"), ("stored", "--")):
+        values = [float(row[f"{name}_loss"]) for row in rows]
+        loss.plot(steps, values, style, label=f"{name} activations")
+    angle.set(xlabel="step", ylabel=quantities["gradient_angle"], yscale="log")
+    loss.set(xlabel="step", ylabel="training cross-entropy")
+    loss.legend()
+    for ax in (angle, loss):
+        ax.grid(alpha=0.3)
+    save(figure, "numerics_training.png")
+
+
+def save(figure, name):
+    with runs.written_whole(FOLDER / name) as part:
+        figure.savefig(part, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
+    parser.add_argument("--training", action="store_true", help="the paper's figure")
+    parser.add_argument("--steps", type=int, default=80_000, help="of the training")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most")
+    parser.add_argument(
+        "--every", type=int, default=10, metavar="N", help="steps between measurements"
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("runs", "numerics"))
+    parser.add_argument("--data-dir", type=Path, help="as of training.train")
+    parser.add_argument("--plot", action="store_true", help="only draw the plots")
+    args = parser.parse_args()
+    if args.training:
+        recipe = RECIPES["cifar10_revnet164"]
+        images = data.load(recipe, args.data_dir)
+        training(recipe, images, args.run_dir, args.every, args.steps, args.minutes)
+    elif not args.plot:
+        by_depth(args.depths)
+    plot()
+
+
+if __name__ == "__main__":
+    main()
