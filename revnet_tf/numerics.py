@@ -124,10 +124,10 @@ class ReversibilityMonitor(keras.callbacks.Callback):
     """Watches reconstruction error and gradient angle while a model is trained.
 
     Both are measured on one batch, before the first step and after every
-    `every_steps` more; training ends in the very same weights as without. A measurement
-    takes the time of 1.75 training steps with as many samples, so that one every 100
-    steps adds less than 2 %; it has the memory of ordinary backpropagation for its
-    batch, which can be a small one.
+    `every_steps` more; training ends in the very same weights as without. Counted in
+    evaluations of the branches, a measurement is 1.75 training steps with as many
+    samples: one every 100 steps adds less than 2 %. It has the memory of ordinary
+    backpropagation for its batch, which can be a small one.
 
     The largest values of an epoch go to its logs, as `reconstruction_error` (relative,
     of the worst block) and `gradient_angle` (degrees), where `History`, and a
@@ -189,7 +189,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         rows = self._epoch_rows or self.rows[-1:]
         for name in ("reconstruction_error", "gradient_angle"):
-            logs[name] = max(row[name] for row in rows)
+            logs[name] = max((row[name] for row in rows), key=_nan_last)
         self._epoch_rows = []
         if self.plot is not None:
             draw(self.plot, self.rows, self.max_error, self.max_angle)
@@ -428,10 +428,11 @@ def _within(errors, angle, max_error, max_angle):
 
 def _worst(errors):
     """Returns the path of the largest relative error; NaN is larger than any."""
-    return max(
-        errors,
-        key=lambda path: (math.isnan(errors[path].relative), errors[path].relative),
-    )
+    return max(errors, key=lambda path: _nan_last(errors[path].relative))
+
+
+def _nan_last(value):
+    return math.isnan(value), value
 
 
 def _angle(rebuilt, stored, variables):
