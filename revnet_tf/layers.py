@@ -70,8 +70,9 @@ class RevBlock(_ReversibleLayer):
             `2**-k` between `-2**(24 - k)` and `2**(24 - k)` (in float64, 53 for 24),
             and are rebuilt bit for bit. The input and what the branches return are
             rounded to them, which gradients pass as if it were not there; leaving the
-            range is an error, under XLA NaN. 10 to 14 suit a network with
-            normalization. Defaults to `None`, floating-point streams.
+            range is an error, under XLA NaN. (XLA may also compile a branch in two
+            ways, whose results are rounded to neighbouring multiples.) 10 to 14 suit a
+            network with normalization. Defaults to `None`, floating-point streams.
         anchor: if `True`, keep the block's inputs, so that what rounding has done to
             the blocks after it goes no further; can be set at any time, as
             `recompute`. Defaults to `False`.
