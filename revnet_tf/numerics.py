@@ -127,7 +127,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
     `every_steps` more; training ends in the very same weights as without. A measurement
     computes as much as 2 training steps with as many samples (2.05 in CPU time; 7
     evaluations of the branches where a step has 4): one every 100 steps adds 2 %. It
-    needs the memory of ordinary backpropagation for its batch, which can be a small one.
+    needs the memory of ordinary backpropagation for its batch, which can be small.
 
     The largest values of an epoch go to its logs, as `reconstruction_error` (relative,
     of the worst block) and `gradient_angle` (degrees), where `History`, and a
