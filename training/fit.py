@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from revnet_tf import models
+from revnet_tf import models, numerics
 from training import runs
 from training.checkpoints import Checkpoints
 from training.strategy import (
@@ -301,6 +301,32 @@ class _RunFolder(keras.callbacks.Callback):
             )
         if on_any_worker(self.strategy, self.sigterm):
             raise Preempted(f"ended by SIGTERM after step {self.step}")
+
+
+class Monitor(numerics.ReversibilityMonitor):
+    """Watches the reconstruction of 16 test images, for the run folder.
+
+    Its measurements go to `reversibility.csv` and `reversibility.png`.
+    """
+
+    def __init__(self, images, run_dir, every_steps):
+        x, y, _ = next(iter(images.test_batches(16)))
+        super().__init__(x, y, every_steps, plot=run_dir / "reversibility.png")
+        self.path = run_dir / "reversibility.csv"
+
+    def on_train_begin(self, logs=None):
+        # Those of a run that goes on: what came after its checkpoint comes again.
+        step = int(self.model.optimizer.iterations.numpy())
+        self.rows = []
+        for row in runs.read_metrics(self.path):
+            if int(row["step"]) < step:
+                numbers = {k: float(v) for k, v in row.items() if k != "block"}
+                self.rows.append(row | numbers | {"step": int(row["step"])})
+        super().on_train_begin(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        runs.write_metrics(self.path, self.rows)
 
 
 def peak_memory():

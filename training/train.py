@@ -68,6 +68,9 @@ def main(argv=None):
     if chief and args.tensorboard:
         folder = run_dir / "tensorboard"
         callbacks.append(keras.callbacks.TensorBoard(folder, histogram_freq=1))
+    if chief and args.monitor:
+        # In front, for the others to find its values in the logs.
+        callbacks.insert(0, fit.Monitor(images, run_dir, args.monitor))
     go_on = f"the same command goes on from the last checkpoint in {run_dir}"
     try:
         rows = fit.fit(
@@ -192,6 +195,13 @@ def parse(argv):
         help="steps between checkpoints; there is one after each epoch, too",
     )
     parser.add_argument(
+        "--monitor",
+        type=int,
+        default=None,
+        metavar="N",
+        help="measure every N steps how well activations are rebuilt",
+    )
+    parser.add_argument(
         "--tensorboard",
         action="store_true",
         default=False,
@@ -216,8 +226,10 @@ def parse(argv):
             options["metavar"] = "N" if kind is int else field.name.upper()
         parser.add_argument(flag, **options)
     args = parser.parse_args(argv)
-    if args.save_every is not None and args.save_every < 1:
-        parser.error(f"save_every={args.save_every}: use a number above 0")
+    for flag in ("save_every", "monitor"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            parser.error(f"{flag}={value}: use a number above 0")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error(
             "--tensorboard needs the package tensorboard: pip install tensorboard, or "
@@ -233,6 +245,8 @@ def parse(argv):
         recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
     except ValueError as error:
         parser.error(error)
+    if args.monitor and not (recipe.reversible and recipe.recompute):
+        parser.error("--monitor: this network rebuilds no activations; leave it out")
     return parser, args.recipe, recipe, args
 
 

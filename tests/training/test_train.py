@@ -78,7 +78,10 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def unfinished_run(tmp_path, monkeypatch):
-    """A run stopped in its second epoch: after its row, before its checkpoint."""
+    """A run stopped in its second epoch: after its row, before its checkpoint.
+
+    It was monitored, which is no part of the recipe, and may go on without.
+    """
     run_dir = tmp_path / "unfinished"
     save = Checkpoints.save
 
@@ -90,7 +93,7 @@ def unfinished_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", interrupted_save)
         with pytest.raises(Interrupted):
-            train.main(command(run_dir))
+            train.main(command(run_dir, "--monitor", "3"))
     assert len(rows_of(run_dir)) == 2
     return run_dir
 
@@ -217,6 +220,25 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
         assert row["learning_rate"] == straight["learning_rate"]
         for column in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
             assert float(row[column]) == pytest.approx(float(straight[column]), 1e-3)
+
+
+def test_monitored_run_goes_on_with_its_measurements(unfinished_run):
+    train.main(command(unfinished_run, "--monitor", "4"))
+    with (unfinished_run / "reversibility.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # It went on from step 7, and measured there, too.
+    assert [int(row["step"]) for row in rows] == [0, 3, 6, 7, 11, 15]
+    assert all(0 < float(row["reconstruction_error"]) < 1e-5 for row in rows)
+    assert all(0 < float(row["gradient_angle"]) < 0.1 for row in rows)
+    assert all(row["block"].startswith("stage1/rev_block") for row in rows)
+    assert (unfinished_run / "reversibility.png").exists()
+
+
+@pytest.mark.parametrize("flags", ["--monitor 0", "--monitor 5 --no-recompute"])
+def test_monitor_that_has_nothing_to_do_is_refused(flags, tmp_path, capsys):
+    argv = command(tmp_path / "run", *flags.split())
+    assert "monitor" in refusal(capsys, train, *argv)
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_stopped_between_training_and_result_is_finished(
