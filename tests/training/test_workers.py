@@ -138,7 +138,7 @@ def wait_for_a_checkpoint(folder):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_where_one_worker_dies_the_other_ends_and_the_job_goes_on(
     victim, start, run, tmp_path
 ):
