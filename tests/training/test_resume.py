@@ -1,6 +1,5 @@
 """Runs that are ended or killed, at any moment, and go on as if they had not been."""
 
-import csv
 import json
 import random
 import signal
@@ -8,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+
+from training import runs
 
 # Of a run: BatchNorm, dropout and augmentation; epochs of 28 steps, the last of fewer.
 FLAGS = "--flip --decay-steps 100 --save-every 10 --deterministic --train-steps".split()
@@ -37,8 +38,7 @@ class Run:
 
     def outcome(self):
         """Weights, and what the files say, but for times and memory."""
-        with (self.folder / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = runs.read_metrics(self.folder / "metrics.csv")
         result = json.loads((self.folder / "result.json").read_text())
         for row in rows:
             del row["seconds"], row["images_per_second"], row["peak_memory_mib"]

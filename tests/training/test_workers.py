@@ -1,7 +1,6 @@
 """Two workers and two replicas train what one device trains."""
 
 import ast
-import csv
 import dataclasses
 import json
 import os
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from program import NETWORKS
 
-from training import data
+from training import data, runs
 from training.recipes import RECIPES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -26,8 +25,7 @@ RECIPE = dataclasses.replace(RECIPES["digits_revnet"], flip=True)
 
 
 def rows_of(run_dir):
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return runs.read_metrics(run_dir / "metrics.csv")
 
 
 def succeed(processes):
