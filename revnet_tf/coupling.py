@@ -15,15 +15,16 @@ as if it did:
   block's output.
 - In eager mode the forward pass sees its arguments through `tf.stop_gradient`. An outer
   tape would otherwise record, and so keep, whatever happens inside.
-- A block is rebuilt only after the gradient that it has to carry is there. Nothing in
-  the arithmetic asks for that order, and an executor that is free to choose rebuilds
-  everything first and holds it all.
+- A block is rebuilt only after the gradients of the block that follows are there.
+  Nothing in the arithmetic asks for that order, and who is free to choose, as an
+  executor or a compiler, rebuilds everything first and holds it all.
 - What a run has rebuilt is handed to the run before it (`Handoff`), which then has no
   use for its own last pair: runs called one after the other keep as little as one.
 
 Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 """
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -84,16 +85,16 @@ class Coupling(NamedTuple):
         kept = (state, f_read), (after_f, g_read), len(f_losses), inputs
         return y1, y2, after_g, [*f_losses, *g_losses], kept
 
-    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
+    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, gradients):
         before_f, before_g, count, inputs = kept
         # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
         (gy,), (dy1,) = _vjp(
-            self.g, weights, before_g, [y1], [d2], d_losses[count:], [d1], accumulate
+            self.g, weights, before_g, [y1], [d2], d_losses[count:], [d1], gradients
         )
         x2 = inputs[1] if inputs else subtract(y2, gy, self.fraction_bits)
         d1 = d1 + dy1
         (fx,), (dx2,) = _vjp(
-            self.f, weights, before_f, [x2], [d1], d_losses[:count], [d2], accumulate
+            self.f, weights, before_f, [x2], [d1], d_losses[:count], [d2], gradients
         )
         x1 = inputs[0] if inputs else subtract(y1, fx, self.fraction_bits)
         return x1, x2, d1, d2 + dx2
@@ -108,10 +109,10 @@ class Checkpoint(NamedTuple):
         (y1, y2), after, losses, read = self.block(weights, state, x1, x2)
         return y1, y2, after, losses, (x1, x2, (state, read))
 
-    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
+    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, gradients):
         x1, x2, before = kept
         _, (d1, d2) = _vjp(
-            self.block, weights, before, [x1, x2], [d1, d2], d_losses, [], accumulate
+            self.block, weights, before, [x1, x2], [d1, d2], d_losses, [], gradients
         )
         return x1, x2, d1, d2
 
@@ -129,13 +130,31 @@ class Watched(NamedTuple):
         *results, kept = self.step.forward(x1, x2, weights, state)
         return *results, (kept, x1, x2)
 
-    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, accumulate):
+    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, gradients):
         kept, *inputs = kept
         *rebuilt, d1, d2 = self.step.backward(
-            y1, y2, d1, d2, d_losses, weights, kept, accumulate
+            y1, y2, d1, d2, d_losses, weights, kept, gradients
         )
         self.tell(inputs, rebuilt)
         return *rebuilt, d1, d2
+
+
+class Gradients:
+    """The gradients for a run's weights, added up.
+
+    Attributes:
+        of_weights: list with `None` for a weight that has none yet.
+        last: those that were computed last; what is computed next waits for them.
+    """
+
+    def __init__(self, num_weights, last):
+        self.of_weights = [None] * num_weights
+        self.last = last
+
+    def add(self, positions, gradients):
+        for i, d in zip(positions, gradients, strict=True):
+            known = self.of_weights[i]
+            self.of_weights[i] = d if known is None else known + d
 
 
 class Handoff:
@@ -148,19 +167,22 @@ class Handoff:
     """
 
     def __init__(self):
-        self._streams = None
+        self._rebuilt = None
 
-    def fill(self, y1, y2):
+    def fill(self, y1, y2, last):
         # In eager mode all outputs are alive anyway; there is nothing to gain.
         if not tf.executing_eagerly():
-            self._streams = y1, y2
+            self._rebuilt = y1, y2, last
 
     def take(self, y1, y2):
-        """Returns the rebuilt pair if it is of the current graph, else `(y1, y2)`."""
+        """Returns a pair of streams and the gradients that were computed last.
+
+        The pair is the rebuilt one if that is of the current graph, else `(y1, y2)`.
+        """
         graph = tf.compat.v1.get_default_graph()
-        if self._streams and self._streams[0].graph is graph:
-            return self._streams
-        return y1, y2
+        if self._rebuilt and self._rebuilt[0].graph is graph:
+            return self._rebuilt
+        return y1, y2, []
 
 
 class Result(NamedTuple):
@@ -215,26 +237,22 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
         def backward(d1, d2, _, *d_losses):
             if order is None:  # `forward` has not returned: a forward-mode derivative
                 _refuse_higher_order()
-            y1, y2 = handoff.take(h1, h2)
-            d_weights = [None] * len(weights)
+            y1, y2, last = handoff.take(h1, h2)
+            gradients = Gradients(len(weights), last)
             d_losses = list(d_losses)
-
-            def accumulate(positions, gradients):
-                for i, d in zip(positions, gradients, strict=True):
-                    d = tf.convert_to_tensor(d)  # a lookup's gradient is sparse
-                    d_weights[i] = d if d_weights[i] is None else d_weights[i] + d
-
             for step, (count, step_kept) in zip(
                 reversed(steps), reversed(kept), strict=True
             ):
                 first = len(d_losses) - count
                 d_step, d_losses = d_losses[first:], d_losses[:first]
                 y1, y2, d1, d2 = step.backward(
-                    y1, y2, d1, d2, d_step, weights, step_kept, accumulate
+                    y1, y2, d1, d2, d_step, weights, step_kept, gradients
                 )
             if received is not None:
-                received.fill(y1, y2)
-            return _custom_gradient(_first_order_only, order, d1, d2, *d_weights)
+                received.fill(y1, y2, gradients.last)
+            return _custom_gradient(
+                _first_order_only, order, d1, d2, *gradients.of_weights
+            )
 
         return (h1, h2, tf.zeros([0], h1.dtype), *losses), backward
 
@@ -301,21 +319,24 @@ def _custom_gradient(function, *arguments):
     return outputs
 
 
-def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, accumulate):
+def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, gradients):
     """Evaluates a branch once more and differentiates it.
 
     `before` is the state before the first evaluation, and what that has read. The
-    evaluation waits for `after` and `d_outputs`. Gradients for the weights go to
-    `accumulate`; the outputs and the gradients for the inputs are returned.
+    evaluation waits for `after`, `d_outputs` and the last gradients. Gradients for the
+    weights are added to `gradients`; the outputs and the gradients for the inputs are
+    returned.
     """
     state, first_read = before
-    with tf.control_dependencies([*after, *d_outputs]):
-        inputs = [tf.identity(x) for x in inputs]
     own = [weights[i] for i in branch.weights]
+    inputs, own = _wait([*after, *d_outputs, *gradients.last], inputs, own)
+    weights = list(weights)
+    for i, weight in zip(branch.weights, own, strict=True):
+        weights[i] = weight
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([*inputs, *own])
         outputs, _, losses, read = branch(weights, state, *inputs)
-    gradients = tape.gradient(
+    found = tape.gradient(
         [*outputs, *losses],
         [*inputs, *own],
         output_gradients=[*d_outputs, *d_losses],
@@ -329,7 +350,7 @@ def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, accumulate
         )
     if any(
         was_read and gradient is None
-        for was_read, gradient in zip(read, gradients[len(inputs) :], strict=True)
+        for was_read, gradient in zip(read, found[len(inputs) :], strict=True)
     ):
         raise ValueError(
             f"{branch.name} reads a trainable weight, but no gradient reaches it. A "
@@ -338,16 +359,36 @@ def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, accumulate
             "recomputes already), or set `recompute=False` on the block."
         )
     # Zeros for a weight that has no part in this call: a replica where it has none
-    # must agree with one where it has.
-    gradients = [
-        tf.zeros_like(x) if d is None else d
-        for x, d in zip([*inputs, *own], gradients, strict=True)
+    # must agree with one where it has. A lookup's gradient is sparse.
+    gradients.last = [
+        tf.zeros_like(x) if d is None else tf.convert_to_tensor(d)
+        for x, d in zip([*inputs, *own], found, strict=True)
     ]
-    accumulate(branch.weights, gradients[len(inputs) :])
+    gradients.add(branch.weights, gradients.last[len(inputs) :])
     # The gradients for the weights hold the branch's activations until they are there:
-    # the next branch waits for them, too.
-    with tf.control_dependencies(gradients):
-        return outputs, [tf.identity(d) for d in gradients[: len(inputs)]]
+    # who uses those for the inputs waits for them, too.
+    with tf.control_dependencies(gradients.last):
+        return outputs, [tf.identity(d) for d in gradients.last[: len(inputs)]]
+
+
+def _wait(done, inputs, weights):
+    """Returns `inputs` and `weights` such that their use waits for `done`.
+
+    A graph's executor keeps to control dependencies. XLA drops them and keeps to data:
+    the weights, or the inputs where there are none, become the choice between them and
+    zero, by a condition that never holds and that XLA cannot know before `done`.
+    """
+    if tf.executing_eagerly():
+        return inputs, weights
+    with tf.control_dependencies(done):
+        inputs = [tf.identity(x) for x in inputs]
+    numbers = [tf.cast(tf.reshape(t, [-1])[:1], tf.float32) for t in done]
+    never = tf.reduce_any(tf.concat(numbers, 0) > math.inf)
+
+    def choose(tensors):
+        return [tf.where(never, tf.zeros([], t.dtype), t) for t in tensors]
+
+    return (inputs, choose(weights)) if weights else (choose(inputs), weights)
 
 
 def _first_order_only(order, *gradients):
