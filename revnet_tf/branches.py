@@ -1,4 +1,4 @@
-"""The paper's residual functions, shortcuts, and the first block of a strided stage.
+"""The paper's residual functions, shortcuts, and what of its networks is irreversible.
 
 All convolutions are without bias and "same"-padded; batch normalization has the
 constants of the authors' code (epsilon 1e-3, momentum 0.99).
@@ -179,3 +179,44 @@ class DownsamplingBlock(TwoStreamLayer):
         shape1 = self.shape_after(self.shortcut1, shape1)
         shape2 = self.shape_after(self.shortcut2, shape2)
         return self.joined_shape(shape1, shape2, input_shape)
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class Stem(TwoStreamLayer):
+    """What comes before the first stage: makes two streams of an image.
+
+    In training it keeps the image, and computes everything else anew.
+
+    Args:
+        layer: maps the image to both streams, joined on `axis`.
+        axis, recompute, **kwargs: as for `RevBlock`.
+    """
+
+    LAYERS = ("layer",)
+    keeps_inputs = True
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = layer
+
+    def branches(self):
+        return [self.layer]
+
+    def build(self, input_shape):
+        self.stream_shapes(self.shape_after(self.layer, input_shape))
+
+    def _streams_of(self, inputs, axis):
+        return inputs, tf.zeros([0], inputs.dtype), None
+
+    def forward(self, x1, x2, arguments):
+        y = self.layer(x1, training=arguments.training, **arguments.of(self.layer, 0))
+        return tf.split(tf.cast(y, x1.dtype), 2, self.axis)
+
+    def step(self, variables, arguments):
+        def call(x1, x2, **extra):
+            return self.forward(x1, x2, arguments._replace(extra=extra))
+
+        return coupling.Checkpoint(variables.branch(self, call, arguments.extra))
+
+    def compute_output_shape(self, input_shape):
+        return self.shape_after(self.layer, input_shape)

@@ -139,6 +139,9 @@ def RevNet(
             "even numbers."
         )
     return _network(
+        lambda layers: branches.Stem(
+            keras.Sequential(layers), recompute=recompute, name="stem"
+        ),
         functools.partial(
             _reversible_stage, recompute=recompute, fraction_bits=fraction_bits
         ),
@@ -183,6 +186,7 @@ def ResNet(
         He et al., 2016, https://arxiv.org/abs/1603.05027, as in Gomez et al., 2017
     """
     return _network(
+        lambda layers: keras.Sequential(layers, name="stem"),
         _residual_stage,
         num_blocks,
         channels,
@@ -240,6 +244,7 @@ RevNet104 = _variant("RevNet104")
 
 
 def _network(
+    make_stem,
     stage,
     num_blocks,
     channels,
@@ -281,12 +286,14 @@ def _network(
         inputs = keras.utils.get_source_inputs(input_tensor)
         inputs = inputs[0] if len(inputs) == 1 else inputs
     parts = branches.Parts(bottleneck, kernel_regularizer)
-    x = input_tensor
-    x = parts.conv(channels[0], stem.kernel_size, stem.strides, name="stem_conv")(x)
-    x = branches.batch_norm(name="stem_bn")(x)
-    x = keras.layers.ReLU(name="stem_relu")(x)
+    layers = [
+        parts.conv(channels[0], stem.kernel_size, stem.strides),
+        branches.batch_norm(),
+        keras.layers.ReLU(),
+    ]
     if stem.max_pool:
-        x = keras.layers.MaxPool2D(3, 2, "same", "channels_last", name="stem_pool")(x)
+        layers.append(keras.layers.MaxPool2D(3, 2, "same", "channels_last"))
+    x = make_stem(layers)(input_tensor)
     for i, (blocks, filters) in enumerate(zip(num_blocks, channels[1:], strict=True)):
         x = stage(
             x,

@@ -71,9 +71,9 @@ def test_first_block_has_no_leading_batch_norm_in_f_only():
     assert kinds[0] == ["Conv2D", "BatchNormalization", "ReLU", "Conv2D"]
     assert kinds[1] == kinds[2] == ["BatchNormalization", "ReLU", "Conv2D"] * 2
     resnet = models.ResNet32()
-    sequences = [x for x in resnet.layers if isinstance(x, keras.Sequential)]
-    assert [type(x).__name__ for x in sequences[0].layers] == kinds[0]
-    assert all([type(x).__name__ for x in s.layers] == kinds[1] for s in sequences[1:])
+    _, first, *others = [x for x in resnet.layers if isinstance(x, keras.Sequential)]
+    assert [type(x).__name__ for x in first.layers] == kinds[0]
+    assert all([type(x).__name__ for x in s.layers] == kinds[1] for s in others)
 
 
 def test_no_convolution_has_a_bias_and_norms_have_the_papers_constants():

@@ -199,12 +199,11 @@ def test_each_weight_alone_changes_the_output(case):
 @pytest.mark.parametrize("stem", models.STEMS)
 def test_batch_norm_in_training_by_hand(stem):
     model = models.RevNet((1,), (2, 2), stem=stem, input_shape=(1, 1, 1))
-    kernel = model.get_layer("stem_conv").weights[0]
-    kernel.assign(np.ones(kernel.shape))
-    norm = model.get_layer("stem_bn")
+    conv, norm, *_ = model.get_layer("stem").layer.layers
+    conv.kernel.assign(np.ones(conv.kernel.shape))
     # Of an image of one pixel the kernel's centre sees the pixel, the rest zeros.
     x = np.reshape([1.0, 3.0], (2, 1, 1, 1))
-    y = keras.Model(model.input, norm.output)(x, training=True)
+    y = norm(conv(x), training=True)
     # Mean 2; variance 1, where an estimate corrected for two samples would be 2.
     expected = np.array([[-1, -1], [1, 1]]) / np.sqrt(1 + 1e-3)
     np.testing.assert_allclose(np.reshape(y, (2, 2)), expected, rtol=1e-6)
