@@ -6,6 +6,7 @@ branches, and the runs that are recomputed.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 from typing import NamedTuple
@@ -15,12 +16,11 @@ import tensorflow as tf
 
 from revnet_tf import coupling, fixed_point, pure
 
-# Attribute of a symbolic output tensor: how the layer that is called on it next finds
-# the `coupling.Handoff` of the run that made it.
-_MADE_BY = "_revnet_tf_made_by"
+# Attribute of a symbolic output tensor: its `Origin`, for the layer called on it next.
+_ORIGIN = "_revnet_tf_origin"
 
 
-# Set by `watch` and `ordinary_backpropagation`, for the layers that are called then.
+# Set by the context managers below, for the layers that are called then.
 _tell = contextvars.ContextVar("tell", default=None)
 _ordinary = contextvars.ContextVar("ordinary", default=False)
 
@@ -45,6 +45,23 @@ class Arguments(NamedTuple):
         if mask is not None and "mask" in inspect.signature(layer.call).parameters:
             named["mask"] = mask
         return named
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """What a layer has made its output of.
+
+    Attributes:
+        streams: the pair. Whoever has it need not split what was joined just before.
+        handoff: the `coupling.Handoff` of the run that made it, `None` without one.
+        fraction_bits: of the streams.
+        axis: on which they were joined, `None` for a pair.
+    """
+
+    streams: tuple
+    handoff: coupling.Handoff | None
+    fraction_bits: int | None
+    axis: int | None
 
 
 class TwoStreamLayer(keras.layers.Layer):
@@ -125,8 +142,7 @@ class TwoStreamLayer(keras.layers.Layer):
         inputs = tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
         axis = self._axis_of(inputs)
         arguments = self._arguments(inputs, training, mask, kwargs)
-        x1, x2 = self._split(inputs)
-        received = self._handoff_of(inputs, axis)
+        x1, x2, received = self._streams_of(inputs, axis)
         if self.fraction_bits is not None and received is None:
             x1, x2 = (fixed_point.convert(x, self.fraction_bits) for x in (x1, x2))
         for layers, recompute in self.runs():
@@ -138,26 +154,27 @@ class TwoStreamLayer(keras.layers.Layer):
                     x1, x2 = layer.forward(x1, x2, arguments)
                 received = None
         outputs = self._join(x1, x2, inputs)
-        self._record_handoff(outputs, axis, received)
+        if not tf.executing_eagerly():
+            origin = Origin((x1, x2), received, self.fraction_bits, axis)
+            for i, y in enumerate(tf.nest.flatten(outputs)):
+                setattr(y, _ORIGIN, (origin, i))
         return outputs
 
-    def _handoff_of(self, inputs, axis):
-        """Returns the handoff of the run that made exactly these inputs, or `None`."""
-        if tf.executing_eagerly():
-            return None
-        made_by = [getattr(x, _MADE_BY, None) for x in tf.nest.flatten(inputs)]
-        if None in made_by:
-            return None
-        handoff, fraction_bits, *_ = made_by[0]
-        expected = [(handoff, fraction_bits, axis, i) for i in range(len(made_by))]
+    def _streams_of(self, inputs, axis):
+        """Returns the streams, and the handoff of the run that made them or `None`."""
+        flat = tf.nest.flatten(inputs)
+        found = [getattr(x, _ORIGIN, (None, i)) for i, x in enumerate(flat)]
+        origin, _ = found[0]
+        if (
+            origin is None
+            or origin.axis != axis
+            or found != [(origin, i) for i in range(len(flat))]
+            or tf.executing_eagerly()
+        ):
+            return *self._split(inputs), None
         # Another format would give back other numbers than those it was given.
-        same_format = fraction_bits == self.fraction_bits or self.keeps_inputs
-        return handoff if made_by == expected and same_format else None
-
-    def _record_handoff(self, outputs, axis, handoff):
-        if handoff is not None and not tf.executing_eagerly():
-            for i, y in enumerate(tf.nest.flatten(outputs)):
-                setattr(y, _MADE_BY, (handoff, self.fraction_bits, axis, i))
+        same_format = origin.fraction_bits == self.fraction_bits or self.keeps_inputs
+        return *origin.streams, origin.handoff if same_format else None
 
     def _run(self, layers, x1, x2, arguments, received):
         variables = pure.Variables()
