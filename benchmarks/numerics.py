@@ -8,9 +8,9 @@ By depth: a chain of blocks with the weights that it begins with, two streams of
 channels, 8x8, batch 16; numerics.csv and numerics.png. In eager mode, where no graph of
 hundreds of blocks has to be built; with `--mode graph` or `--mode xla` as one.
 
-Training: the paper's figure. RevNet-164 on CIFAR-10 as its recipe has it, once with
-rebuilt and once with stored activations, in turns, from the same weights and images;
-numerics_training.csv and numerics_training.png.
+Training: the paper's figure. RevNet-164 on CIFAR-10 as its recipe has it, with rebuilt
+and with stored activations, in turns, from the same weights and images; a third one
+shows what rounding alone does. numerics_training.csv and numerics_training.png.
 
 The same command goes on where it was stopped: a cell of the table that has its row is
 not measured again, a training continues from its last checkpoint.
@@ -42,6 +42,14 @@ WAYS = {
     "mixed_float16": ("mixed_float16", None, None),
     "bfloat16 streams": ("bfloat16", None, None),
     "bfloat16 streams, an anchor every 5 blocks": ("bfloat16", None, 5),
+}
+
+# The networks of the training. The last is for comparison: how far apart float32 itself
+# drives two trainings that begin within one unit in the last place.
+CURVES = {
+    "rebuilt": "rebuilt activations",
+    "stored": "stored activations",
+    "perturbed": "stored, first weights one unit in the last place off",
 }
 
 CHECKPOINT_STEPS = 10
@@ -119,31 +127,36 @@ def by_depth(depths, mode):
 
 
 def training(recipe, images, run_dir, every_steps, steps, minutes):
-    """Trains both networks a step each in turns, and writes down how they do."""
+    """Trains the networks a step each in turns, and writes down how they do."""
     path, start = FOLDER / "numerics_training.csv", time.monotonic()
-    networks = []
-    for recompute in (True, False):
+    networks = {}
+    for name in CURVES:
         keras.utils.set_random_seed(recipe.seed)
-        networks.append(
-            fit.build(dataclasses.replace(recipe, recompute=recompute), images)
+        network = fit.build(
+            dataclasses.replace(recipe, recompute=name == "rebuilt"), images
         )
+        fit.compile_network(network, recipe)
+        networks[name] = network
+    stem = networks["perturbed"].trainable_variables[0]
+    stem.assign(np.nextafter(stem.numpy(), np.float32(np.inf)))
     variables = [
-        [*network.variables, *network.optimizer.variables] for network in networks
+        [*network.variables, *network.optimizer.variables]
+        for network in networks.values()
     ]
     checkpoint = tf.train.Checkpoint(variables=variables)
     manager = tf.train.CheckpointManager(checkpoint, run_dir, max_to_keep=2)
     if manager.latest_checkpoint:
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
-    first = int(networks[0].optimizer.iterations.numpy())
+    first = int(networks["rebuilt"].optimizer.iterations.numpy())
     rows = [row for row in runs.read_metrics(path) if int(row["step"]) <= first]
     common = provenance()
     x, y, _ = next(iter(images.test_batches(16)))
-    monitor = watched(networks[0], x, y, every_steps)
+    monitor = watched(networks["rebuilt"], x, y, every_steps)
     batches = iter(images.training_batches(recipe, first))
     for step in range(first + 1, steps + 1):
         x, y = next(batches)
         row = {"step": step}
-        for name, network in zip(("rebuilt", "stored"), networks, strict=True):
+        for name, network in networks.items():
             network.reset_metrics()
             logs = network.train_on_batch(x, y, return_dict=True)
             row[f"{name}_loss"] = float(logs["cross_entropy"])
@@ -201,9 +214,8 @@ def plot():
         ".-",
     )
     steps = [int(row["step"]) for row in rows]
-    for name, style in (("rebuilt", "-"), ("stored", "--")):
-        values = [float(row[f"{name}_loss"]) for row in rows]
-        loss.plot(steps, values, style, label=f"{name} activations")
+    for name, label in CURVES.items():
+        loss.plot(steps, [float(row[f"{name}_loss"]) for row in rows], label=label)
     angle.set(xlabel="step", ylabel=quantities["gradient_angle"], yscale="log")
     loss.set(xlabel="step", ylabel="training cross-entropy")
     loss.legend()
