@@ -188,13 +188,16 @@ def plot():
         figure.subplots(1, 2), quantities.items(), strict=True
     ):
         for way in WAYS:
-            points = [
+            points = sorted(
                 (int(r["num_blocks"]), float(r[name])) for r in rows if r["way"] == way
-            ]
-            # Zeros have no place on a logarithmic axis.
-            points = [point for point in sorted(points) if point[1] > 0]
+            )
             ax.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=way)
-        ax.set(xlabel="blocks", ylabel=label, xscale="log", yscale="log")
+        ax.set(xlabel="blocks", ylabel=label, xscale="log")
+        # Logarithmic down to the smallest decade, and below it linear, to zero.
+        values = [float(r[name]) for r in rows if float(r[name]) > 0]
+        decade = 10 ** math.floor(math.log10(min(values)))
+        ax.set_yscale("symlog", linthresh=decade, linscale=0.5)
+        ax.set_ylim(-decade / 4, 3 * max(values))
         depths = sorted({int(r["num_blocks"]) for r in rows})
         ax.set_xticks(depths, depths)
         ax.minorticks_off()
