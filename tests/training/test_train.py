@@ -470,6 +470,30 @@ def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run
     assert result["test_accuracy"] == pytest.approx(last, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--train-steps", "40"], id="40-steps"),
+        pytest.param([], id="whole", marks=pytest.mark.slow),
+    ],
+)
+def test_fixed_point_streams_train_as_stored_activations_do_bit_for_bit(
+    tmp_path, run, flags
+):
+    exact = ["--fraction-bits", "14", "--deterministic", *flags]
+    outcomes = []
+    for way in ("recompute", "no-recompute"):
+        run_dir, weights = tmp_path / way, tmp_path / f"{way}-weights"
+        argv = ["--run-dir", run_dir, f"--{way}", *exact]
+        (done,) = run(*argv, weights=str(weights), fit_only=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = rows_of(run_dir)
+        for row in rows:
+            del row["seconds"], row["images_per_second"], row["peak_memory_mib"]
+        outcomes.append((np.load(f"{weights}0.npy").tobytes(), rows))
+    assert outcomes[0] == outcomes[1]
+
+
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_branches_of_a_mixed_precision_run_compute_in_16_bits(
     precision, tmp_path, finished_run, unexported
