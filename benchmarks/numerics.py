@@ -208,7 +208,7 @@ def plot():
     rows = runs.read_metrics(FOLDER / "numerics_training.csv")
     if not rows:
         return
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     angle, loss = figure.subplots(1, 2)
     measured = [row for row in rows if row["gradient_angle"]]
     angle.plot(
@@ -221,7 +221,7 @@ def plot():
         loss.plot(steps, [float(row[f"{name}_loss"]) for row in rows], label=label)
     angle.set(xlabel="step", ylabel=quantities["gradient_angle"], yscale="log")
     loss.set(xlabel="step", ylabel="training cross-entropy")
-    loss.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     for ax in (angle, loss):
         ax.grid(alpha=0.3)
     save(figure, "numerics_training.png")
