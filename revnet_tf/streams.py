@@ -22,6 +22,7 @@ _ORIGIN = "_revnet_tf_origin"
 
 # Set by the context managers below, for the layers that are called then.
 _tell = contextvars.ContextVar("tell", default=None)
+_calls = contextvars.ContextVar("calls", default=None)
 _ordinary = contextvars.ContextVar("ordinary", default=False)
 
 
@@ -138,6 +139,8 @@ class TwoStreamLayer(keras.layers.Layer):
         super().build_from_config({"input_shape": config["input_shape"]})
 
     def call(self, inputs, training=False, mask=None, **kwargs):
+        if (calls := _calls.get()) is not None:
+            calls[tf.get_current_name_scope() + "/"] = self
         # Keras casts floating-point inputs only; integers would truncate the sums.
         inputs = tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
         axis = self._axis_of(inputs)
@@ -332,6 +335,14 @@ def watch(tell):
             as.
     """
     return _set(_tell, tell)
+
+
+@contextlib.contextmanager
+def calls():
+    """Returns a dict that gets each layer called, by the name scope of its call."""
+    found = {}
+    with _set(_calls, found):
+        yield found
 
 
 def ordinary_backpropagation():

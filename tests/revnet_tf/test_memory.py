@@ -1,0 +1,192 @@
+"""What `memory` says of a training step, by the side of hand-worked numbers."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from benchmarks import networks
+from benchmarks.memory import XLA_BATCH_SIZE, xla_temporary_bytes
+from revnet_tf import RevBlock, RevSequence, memory, models
+
+FOLDER = pathlib.Path(__file__).parents[2]
+BATCH_SIZE, WIDTH = 8192, 64
+STREAM = BATCH_SIZE * WIDTH * 4  # bytes of one of two streams, 2 MiB
+
+
+def dense_model(num_blocks, **kwargs):
+    """Returns a chain whose branches are one matrix product each."""
+
+    def branch():
+        return keras.layers.Dense(WIDTH, use_bias=False)
+
+    blocks = [RevBlock(branch(), branch(), **kwargs) for _ in range(num_blocks)]
+    x = keras.Input((2 * WIDTH,))
+    return keras.Model(x, keras.layers.Dense(1)(RevSequence(blocks, name="body")(x)))
+
+
+def kept(model):
+    return {s.name: s.kept_bytes for s in memory.estimate(model, BATCH_SIZE).stages}
+
+
+def test_a_rebuilt_sequence_keeps_its_two_output_streams_whatever_its_depth():
+    for num_blocks in (1, 4):
+        # The dense layer at the end keeps them joined, once more.
+        assert kept(dense_model(num_blocks))["body"] == pytest.approx(4 * STREAM, 0.01)
+
+
+def test_stored_blocks_keep_the_input_of_each_branch():
+    def body(num_blocks):
+        return kept(dense_model(num_blocks, recompute=False))["body"]
+
+    # In each block x2, for f, and y1, for g.
+    assert body(5) - body(4) == pytest.approx(2 * STREAM, 0.01)
+
+
+def test_weights_gradients_and_optimizer_by_hand():
+    model = models.RevNet38(classifier_activation=None)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=False)
+    found = memory.estimate(model, 2)
+    statistics = sum(np.prod(v.shape) for v in model.non_trainable_variables)
+    assert found.gradient_bytes == 4 * 464_890
+    assert found.weight_bytes == 4 * (464_890 + statistics)
+    # The momentum of each weight; the number of steps (int64) and the learning rate.
+    assert found.optimizer_bytes == 4 * 464_890 + 8 + 4
+    assert found.peak_bytes == (
+        found.activation_bytes
+        + found.weight_bytes
+        + found.gradient_bytes
+        + found.optimizer_bytes
+    )
+    assert 0 < found.working_set_bytes < found.activation_bytes
+
+
+def test_the_report_names_every_stage_and_the_peak():
+    model = models.RevNet((2, 1), (8, 8, 16), input_shape=(8, 8, 3))
+    report = str(memory.estimate(model, 4))
+    for name in ("stem", "stage1", "stage2", "other layers", "peak of a training step"):
+        assert name in report
+
+
+ESTIMATE_AND_MEASURE = """
+import json, sys, keras
+from benchmarks import networks
+from revnet_tf import memory
+model = networks.build(sys.argv[1], 4)
+print(json.dumps([f(model, 32).peak_bytes for f in (memory.estimate, memory.measure)]))
+"""
+
+
+@pytest.mark.parametrize("network", ["functional", "ordinary"])
+def test_the_estimate_is_within_a_tenth_of_the_measurement(network):
+    # A process of its own has an allocator without a past.
+    done = subprocess.run(
+        [sys.executable, "-c", ESTIMATE_AND_MEASURE, network],
+        cwd=FOLDER,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(FOLDER)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    estimated, measured = json.loads(done.stdout.splitlines()[-1])
+    assert estimated == pytest.approx(measured, 0.1)
+
+
+def test_with_xla_the_estimate_is_what_the_compiler_writes_down():
+    model = networks.build("sequence", 3, jit_compile=True)
+    found = memory.estimate(model, XLA_BATCH_SIZE)
+    inputs = XLA_BATCH_SIZE * 32 * 32 * 64 * 4
+    # The step of `fit` has a loss and metrics of its own.
+    assert found.activation_bytes + found.gradient_bytes - inputs == pytest.approx(
+        xla_temporary_bytes("sequence", 3), 0.02
+    )
+
+
+def test_the_memory_of_a_revnet_under_xla_does_not_depend_on_depth():
+    def activation_bytes(num_blocks):
+        model = models.RevNet(
+            (num_blocks,) * 3, (16, 16, 32, 64), classifier_activation=None
+        )
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=True)
+        return memory.estimate(model, 32).activation_bytes
+
+    assert activation_bytes(4) < 1.02 * activation_bytes(2)
+
+
+def test_measuring_leaves_the_variables_as_they_were():
+    x = keras.Input((4096,))
+    branches = [keras.layers.Dropout(0.5), keras.layers.BatchNormalization()]
+    model = keras.Model(x, RevBlock(*branches)(x))
+    model.compile(keras.optimizers.Adam(0.1), jit_compile=False)
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    before = [v.numpy() for v in variables]
+    memory.measure(model, 64)
+    for v, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(v, value, err_msg=v.path)
+
+
+def test_a_plan_stores_the_last_blocks_as_far_as_the_budget_goes():
+    model = dense_model(4)
+    blocks = model.get_layer("body").blocks
+    before = [v.numpy() for v in model.weights]
+
+    def stored(budget):
+        assert memory.plan(model, BATCH_SIZE, budget) is model
+        assert memory.estimate(model, BATCH_SIZE).peak_bytes <= budget
+        return [not block.recompute for block in blocks]
+
+    least = memory.estimate(model, BATCH_SIZE).peak_bytes
+    most = memory.estimate(dense_model(4, recompute=False), BATCH_SIZE).peak_bytes
+    counts = []
+    for i in range(3):
+        found = stored(least + (most - least) * i // 2)
+        assert found == sorted(found)
+        counts.append(sum(found))
+    assert counts == sorted(counts)
+    assert counts[0] < 2 and counts[-1] == 4
+    for v, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(v, value)
+
+
+def test_a_budget_below_the_minimum_names_it_and_the_largest_batch_that_fits():
+    model = dense_model(3)
+    model.get_layer("body").blocks[1].recompute = False
+    with pytest.raises(ValueError, match="minimum of [0-9,]+ for batch_size=8192") as e:
+        memory.plan(model, BATCH_SIZE, 8 * STREAM // 2)
+    largest = int(re.search(r"a batch of (\d+) fits", str(e.value)).group(1))
+    recomputed = dense_model(3)
+    assert memory.estimate(recomputed, largest).peak_bytes <= 4 * STREAM
+    assert memory.estimate(recomputed, largest * 11 // 10).peak_bytes > 4 * STREAM
+    assert [b.recompute for b in model.get_layer("body").blocks] == [True, False, True]
+
+
+def test_a_budget_for_nothing_at_all_says_so():
+    with pytest.raises(ValueError, match="not even a batch of 1 fits"):
+        memory.plan(dense_model(1), 4, 100)
+
+
+def test_a_plan_takes_effect_in_a_model_that_has_been_trained():
+    model = dense_model(2)
+    model.compile("sgd", "mse", jit_compile=False)
+    x, y = np.ones((4, 2 * WIDTH)), np.ones((4, 1))
+    model.train_on_batch(x, y)
+    before = model.train_function
+    memory.plan(model, BATCH_SIZE, 10**9)
+    assert model.train_function is not before
+    model.train_on_batch(x, y)
+
+
+def test_what_cannot_be_estimated_is_refused():
+    with pytest.raises(ValueError, match="no reversible layer"):
+        memory.plan(models.ResNet((1,), (4, 4)), 2, 10**9)
+    with pytest.raises(ValueError, match="input_shape"):
+        memory.estimate(models.RevNet((1,), (4, 4), include_top=False), 2)
+    with pytest.raises(ValueError, match="functional or sequential"):
+        memory.estimate(RevBlock(keras.layers.Dense(1), keras.layers.Dense(1)), 2)
