@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from revnet_tf import models, numerics
+from revnet_tf import memory, models, numerics
 from training import runs
 from training.checkpoints import Checkpoints
 from training.strategy import (
@@ -103,6 +103,34 @@ def compile_network(network, recipe):
     # Before any checkpoint is read: there has to be something to read it into.
     optimizer.build(network.trainable_variables)
     return metrics
+
+
+def plan_memory(network, recipe, images, strategy, budget_bytes=None):
+    """Returns what a training step keeps on each replica, by estimate.
+
+    With a budget, what `network` recomputes is chosen by it. (A twin that is no part of
+    the strategy is estimated.)
+
+    Raises:
+        ValueError: the budget is too small, or the network is not reversible.
+    """
+    twin = build(recipe, images)
+    compile_network(twin, recipe)
+    batch_size = recipe.global_batch_size // strategy.num_replicas_in_sync
+    if budget_bytes is not None:
+        memory.plan(twin, batch_size, budget_bytes)
+        for layer, planned in zip(_blocks(network), _blocks(twin), strict=True):
+            layer.recompute = planned.recompute
+    return memory.estimate(twin, batch_size)
+
+
+def _blocks(network):
+    return [
+        block
+        for layer in network.layers
+        if hasattr(layer, "recompute")
+        for block in (layer, *getattr(layer, "blocks", []))
+    ]
 
 
 def num_parameters(network):

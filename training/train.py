@@ -49,6 +49,11 @@ def main(argv=None):
         images.steps_per_epoch(recipe.global_batch_size)
         with strategy.scope():
             network = fit.build(recipe, images)
+        memory = None
+        if args.memory_report or args.memory_budget:
+            memory = fit.plan_memory(
+                network, recipe, images, strategy, args.memory_budget
+            )
         chief = strategies.is_chief(strategy)
         if chief:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -64,6 +69,8 @@ def main(argv=None):
             f"replica(s), in {run_dir}",
             flush=True,
         )
+        if memory:
+            print(f"On each replica, by estimate:\n{memory}", flush=True)
     callbacks = []
     if chief and args.tensorboard:
         folder = run_dir / "tensorboard"
@@ -207,6 +214,19 @@ def parse(argv):
         default=False,
         help="write curves and histograms to the run folder, for TensorBoard",
     )
+    parser.add_argument(
+        "--memory-report",
+        action="store_true",
+        default=False,
+        help="say first what a training step will keep in memory",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=size,
+        default=None,
+        metavar="SIZE",
+        help="as 6GiB: store as many activations as fit into it, recompute the others",
+    )
     kinds = typing.get_type_hints(Recipe)
     described = describe_fields()
     for field in dataclasses.fields(Recipe):
@@ -248,6 +268,19 @@ def parse(argv):
     if args.monitor and not (recipe.reversible and recipe.recompute):
         parser.error("--monitor: this network rebuilds no activations; leave it out")
     return parser, args.recipe, recipe, args
+
+
+def size(text):
+    """Returns the bytes of a size such as `6GiB`, `500 MB` or `1e9`."""
+    found = re.fullmatch(r"([\d.e+]+)\s*(?:([kKMGT]?)(i?)B)?", text)
+    try:
+        number, prefix, binary = found.groups()
+        factor = (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper())
+        return int(float(number) * factor)
+    except (AttributeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; write it as 6GiB, 500MB or a number of bytes"
+        ) from None
 
 
 def describe_fields():
