@@ -1,6 +1,7 @@
 """The networks that the benchmarks and the tests of the memory claim measure."""
 
 import keras
+import tensorflow as tf
 
 from revnet_tf import RevBlock, RevSequence, models
 
@@ -12,8 +13,28 @@ SEQUENCES = {
     "fixed_point": {"fraction_bits": 14},
     "ordinary": {"recompute": False},
 }
-CHAINS = ("functional", "sequential", *SEQUENCES)
+CHAINS = ("functional", "sequential", "remat", *SEQUENCES)
 REVNETS = ("revnet", "revnet_ordinary")
+
+
+class PlainBlock(layers.Layer):
+    """What a `RevBlock` computes, as an ordinary layer."""
+
+    def __init__(self, f, g):
+        super().__init__()
+        self.f = f
+        self.g = g
+
+    def build(self, input_shape):
+        *others, channels = input_shape
+        for branch in (self.f, self.g):
+            branch.build((*others, channels // 2))
+
+    def call(self, inputs, training=False):
+        x1, x2 = tf.split(inputs, 2, -1)
+        y1 = x1 + self.f(x2, training=training)
+        y2 = x2 + self.g(y1, training=training)
+        return tf.concat([y1, y2], -1)
 
 
 def branch(filters):
@@ -31,6 +52,18 @@ def block():
     return RevBlock(branch(32), branch(32))
 
 
+def chain(network, num_blocks):
+    """Returns a layer: blocks with two streams of 32 channels; see `build`."""
+    if network in SEQUENCES:
+        blocks = [block() for _ in range(num_blocks)]
+        return RevSequence(blocks, **SEQUENCES[network])
+    branches = [(branch(32), branch(32)) for _ in range(num_blocks)]
+    # Of the blocks alone: in the branches every layer would be recomputed once more.
+    with keras.RematScope("full"):
+        blocks = [PlainBlock(f, g) for f, g in branches]
+    return keras.Sequential(blocks)
+
+
 def build(network, num_blocks, jit_compile=False):
     """Returns a compiled model with two streams of 32 channels, or a RevNet.
 
@@ -38,8 +71,9 @@ def build(network, num_blocks, jit_compile=False):
         network: `"sequence"` (one `RevSequence`), `"functional"` or `"sequential"`
             (blocks called one by one in such a model), `"fixed_point"` (a sequence with
             fixed-point streams), `"ordinary"` (a sequence with ordinary
-            backpropagation); `"revnet"` or `"revnet_ordinary"`, with the
-            widths of the paper's RevNet-110.
+            backpropagation), `"remat"` (plain blocks under `keras.RematScope`, which
+            is `tf.recompute_grad`: each is recomputed from its stored input);
+            `"revnet"` or `"revnet_ordinary"`, with the widths of the RevNet-110.
         num_blocks: number of blocks; in each of three stages for a RevNet.
         jit_compile: whether to compile the training step with XLA.
     """
@@ -59,8 +93,7 @@ def build(network, num_blocks, jit_compile=False):
             for _ in range(num_blocks):
                 y = block()(y)
         else:
-            blocks = [block() for _ in range(num_blocks)]
-            y = RevSequence(blocks, **SEQUENCES[network])(y)
+            y = chain(network, num_blocks)(y)
         for layer in head():
             y = layer(y)
         model = keras.Model(x, y)
