@@ -1,0 +1,152 @@
+"""What a budget of memory buys in time.
+
+    python -m benchmarks.budget          # budget.csv and budget.png; 15 minutes
+    python -m benchmarks.budget --plot   # budget.png again, from budget.csv
+
+`revnet_tf.memory.plan` of RevNet-38 at batch 100, in graph mode, for ten budgets from
+what is needed when everything is recomputed to what ordinary backpropagation takes. The
+peak of each plan is measured in a fresh process; the steps of all plans alternate in
+one process, and the figures are the ratios of the medians to ordinary backpropagation.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from benchmarks.provenance import FOLDER, provenance
+
+BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
+
+
+def build(num_stored=None):
+    """Returns RevNet-38, compiled; the last `num_stored` blocks store activations."""
+    import keras
+
+    from revnet_tf import models
+
+    model = models.RevNet38(classifier_activation=None)
+    if num_stored is not None:
+        layers = blocks_of(model)
+        for i, layer in enumerate(layers):
+            layer.recompute = i < len(layers) - num_stored
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, jit_compile=False)
+    return model
+
+
+def blocks_of(model):
+    return [
+        block
+        for layer in model.layers
+        if hasattr(layer, "recompute")
+        for block in getattr(layer, "blocks", [layer])
+    ]
+
+
+def plan_in_this_process(budget):
+    from revnet_tf import memory
+
+    model = memory.plan(build(), BATCH_SIZE, budget)
+    stored = [not block.recompute for block in blocks_of(model)]
+    measured = memory.measure(model, BATCH_SIZE)
+    print(json.dumps([sum(stored), measured.peak_bytes]))
+
+
+def planned(budget):
+    """Returns how many blocks are stored, and the measured peak."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.budget", "--one", str(budget)],
+        cwd=FOLDER.parent,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step_seconds(numbers_stored):
+    """Returns the seconds of each round, by the number of blocks that are stored."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((BATCH_SIZE, 32, 32, 3), dtype="float32")
+    y = np.zeros(BATCH_SIZE, "int32")
+    networks = {number: build(number) for number in numbers_stored}
+    seconds = {number: [] for number in numbers_stored}
+    for network in networks.values():  # traced and warm before the first clock is read
+        network.train_on_batch(x, y)
+    for _ in range(ROUNDS):
+        for number, network in networks.items():
+            start = time.perf_counter()
+            network.train_on_batch(x, y)
+            seconds[number].append(time.perf_counter() - start)
+    return seconds
+
+
+def sweep():
+    from revnet_tf import memory
+
+    all_blocks = len(blocks_of(build()))
+    low = memory.estimate(build(), BATCH_SIZE).peak_bytes
+    high = memory.estimate(build(all_blocks), BATCH_SIZE).peak_bytes
+    budgets = [low + (high - low) * i // (NUM_BUDGETS - 1) for i in range(NUM_BUDGETS)]
+    plans = [planned(budget) for budget in budgets]
+    seconds = step_seconds(sorted({all_blocks, *(number for number, _ in plans)}))
+    medians = {number: statistics.median(s) for number, s in seconds.items()}
+    common = provenance()
+    with open(FOLDER / "budget.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        columns = ["budget_bytes", "measured_peak_bytes", "stored_blocks"]
+        writer.writerow([*common, *columns, "blocks", "step_seconds", "ratio"])
+        for budget, (number, peak) in zip(budgets, plans, strict=True):
+            row = [budget, peak, number, all_blocks, f"{medians[number]:.4g}"]
+            row.append(f"{medians[number] / medians[all_blocks]:.4g}")
+            writer.writerow([*common.values(), *row])
+            print(*row)
+
+
+def plot():
+    from matplotlib.figure import Figure
+
+    with open(FOLDER / "budget.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    peaks = [int(row["measured_peak_bytes"]) / 1e6 for row in rows]
+    ratios = [float(row["ratio"]) for row in rows]
+    budgets = [int(row["budget_bytes"]) / 1e6 for row in rows]
+    ax.step(budgets, ratios, where="post", color="0.7", label="budget")
+    ax.plot(peaks, ratios, "o", label="measured peak")
+    for row, x, y in zip(rows, peaks, ratios, strict=True):
+        text = f"{row['stored_blocks']} stored"
+        ax.annotate(text, (x, y), (0, 6), textcoords="offset points", fontsize="small")
+    ax.set(
+        xlabel="memory of a training step, MB",
+        ylabel="time of a step,\nordinary backpropagation = 1",
+        title=f"RevNet-38, batch {BATCH_SIZE}: {rows[0]['blocks']} blocks",
+    )
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(FOLDER / "budget.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plot", action="store_true", help="only draw the plot")
+    parser.add_argument("--one", type=int, metavar="BUDGET_BYTES")
+    args = parser.parse_args()
+    if args.one:
+        return plan_in_this_process(args.one)
+    if not args.plot:
+        sweep()
+    plot()
+
+
+if __name__ == "__main__":
+    main()

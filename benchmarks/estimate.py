@@ -1,0 +1,134 @@
+"""What a training step of whole networks keeps: predicted, measured, and the least.
+
+    python -m benchmarks.estimate    # estimate.csv; 15 minutes
+
+Each row is a fresh process that asks `revnet_tf.memory.estimate` and `measure`, in
+graph mode; with XLA both are what the compiler assigns. The least is a count of what
+has to be alive while one residual function F or G of the first stage is differentiated
+(S is the size of one of its streams): the streams and their gradients, 4 S; the inputs
+that the convolutions and BNs of the branch need, 3 S, of a bottleneck 2 S; the output
+of the last convolution or the gradient that goes back through it, S; the images; and
+the input of the first stage if a block that cannot be reversed begins it.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+
+from benchmarks.provenance import FOLDER, provenance
+
+PAPER = ("RevNet38", "RevNet110", "RevNet164", "ResNet32", "ResNet110", "ResNet164")
+# Network, batch size and mode of each row.
+ROWS = [
+    *((name, 100, "graph") for name in PAPER),
+    *((name, 100, "xla") for name in PAPER[:3]),
+    ("attention", 32, "graph"),
+    ("ResNet164", 32, "graph"),
+    ("RevNet1004", 32, "graph"),
+]
+
+
+def build(network):
+    """Returns a network of the paper, or one of those below."""
+    from revnet_tf import models
+
+    if network == "attention":
+        return attention()
+    if network == "RevNet1004":  # 6 convolutions in each of 167 blocks, and 2 layers
+        return models.RevNet(
+            (55, 56, 56), (32, 32, 64, 128), True, classifier_activation=None
+        )
+    return getattr(models, network)(classifier_activation=None)
+
+
+def attention():
+    """Returns six reversible blocks around self-attention and a perceptron."""
+    import keras
+
+    import revnet_tf
+
+    def attend():
+        x = keras.Input((256, 128))
+        y = keras.layers.LayerNormalization()(x)
+        return keras.Model(x, keras.layers.MultiHeadAttention(4, 32)(y, y))
+
+    def perceive():
+        return keras.Sequential(
+            [
+                keras.layers.LayerNormalization(),
+                keras.layers.Dense(512, "gelu"),
+                keras.layers.Dense(128),
+            ]
+        )
+
+    x = keras.Input((256, 256))
+    y = revnet_tf.RevSequence(
+        [revnet_tf.RevBlock(attend(), perceive()) for _ in range(6)]
+    )(x)
+    y = keras.layers.GlobalAveragePooling1D()(y)
+    return keras.Model(x, keras.layers.Dense(10)(y))
+
+
+def least_bytes(network, batch_size):
+    """Returns the least that a RevNet for CIFAR can keep, in float32."""
+    bottleneck = network in ("RevNet164", "RevNet1004")
+    pixels = 32 * 32 * batch_size * 4
+    stream = pixels * (64 if bottleneck else 16)
+    alive = 7 * stream + 32 * pixels if bottleneck else 8 * stream
+    return alive + 3 * pixels
+
+
+def measure_this_process(network, batch_size, mode):
+    import dataclasses
+
+    import keras
+
+    from revnet_tf import memory
+
+    model = build(network)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=mode == "xla")
+    estimated = memory.estimate(model, batch_size)
+    measured = estimated if mode == "xla" else memory.measure(model, batch_size)
+    print(json.dumps([dataclasses.asdict(m) for m in (estimated, measured)]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", nargs=3, metavar=("NETWORK", "BATCH_SIZE", "MODE"))
+    args = parser.parse_args()
+    if args.one:
+        network, batch_size, mode = args.one
+        return measure_this_process(network, int(batch_size), mode)
+    common = provenance()
+    with open(FOLDER / "estimate.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        columns = ["network", "batch_size", "mode", "estimated_activation_bytes"]
+        columns += ["measured_activation_bytes", "least_activation_bytes"]
+        columns += ["estimated_peak_bytes", "measured_peak_bytes", "ratio"]
+        writer.writerow([*common, *columns])
+        for network, batch_size, mode in ROWS:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.estimate", "--one"]
+                + [network, str(batch_size), mode],
+                cwd=FOLDER.parent,
+                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            estimated, measured = json.loads(done.stdout.splitlines()[-1])
+            row = [network, batch_size, mode, estimated["activation_bytes"]]
+            row += [measured["activation_bytes"]]
+            row += [least_bytes(network, batch_size) if "RevNet" in network else ""]
+            row += [estimated["peak_bytes"], measured["peak_bytes"]]
+            row += [f"{estimated['peak_bytes'] / measured['peak_bytes']:.3f}"]
+            writer.writerow([*common.values(), *row])
+            file.flush()
+            print(*row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
