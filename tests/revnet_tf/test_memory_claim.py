@@ -18,10 +18,6 @@ def test_memory_of_a_chain_is_flat_in_graph_mode(network):
     assert spread([bytes_per_sample(network, n) for n in (4, 16)]) < 0.15
 
 
-def test_memory_of_a_chain_is_flat_under_xla():
-    assert spread([xla_temporary_bytes("functional", n) for n in (4, 8)]) < 0.02
-
-
 def test_memory_of_ordinary_backpropagation_grows():
     small, large = (bytes_per_sample("ordinary", n) for n in (4, 16))
     assert large / small > 2

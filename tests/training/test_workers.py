@@ -61,7 +61,9 @@ def test_two_workers_train_the_digits_to_equal_weights(run, tmp_path):
     assert found == {"step-28", "step-56"}
 
 
-@pytest.mark.parametrize("network", ["plain", "synchronized"])
+@pytest.mark.parametrize(
+    "network", [pytest.param("plain", marks=pytest.mark.slow), "synchronized"]
+)
 def test_one_device_two_replicas_and_two_workers_train_the_same(network, run, tmp_path):
     ways = {
         "one": [],
@@ -180,6 +182,7 @@ def test_data_that_is_not_prepared_ends_all_workers(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_workers_train_from_one_file_of_tfds(run, prepared, tmp_path):
     flags = ["--recipe", "cifar10_revnet38", "--data-dir", prepared]
     flags += "--num-blocks 1 --channels 8 8 --global-batch-size 8".split()
