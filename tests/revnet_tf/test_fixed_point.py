@@ -14,9 +14,9 @@ layers = keras.layers
 @pytest.fixture
 def same_sums():
     """TensorFlow's optimizer adds the gradients of ordinary graphs in another order."""
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     yield
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 def branch():
