@@ -12,6 +12,7 @@ one process, and the figures are the ratios of the medians to ordinary backpropa
 import argparse
 import csv
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -93,8 +94,10 @@ def sweep():
     from revnet_tf import memory
 
     all_blocks = len(blocks_of(build()))
-    low = memory.estimate(build(), BATCH_SIZE).peak_bytes
-    high = memory.estimate(build(all_blocks), BATCH_SIZE).peak_bytes
+    low, high = (
+        math.ceil(memory.PLAN_MARGIN * memory.estimate(model, BATCH_SIZE).peak_bytes)
+        for model in (build(), build(all_blocks))
+    )
     budgets = [low + (high - low) * i // (NUM_BUDGETS - 1) for i in range(NUM_BUDGETS)]
     plans = [planned(budget) for budget in budgets]
     seconds = step_seconds(sorted({all_blocks, *(number for number, _ in plans)}))

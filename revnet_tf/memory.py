@@ -27,6 +27,9 @@ from tensorflow.compiler.xla.service import hlo_pb2
 
 from revnet_tf import streams
 
+# An estimate can be some percent too low: a plan leaves this much room.
+PLAN_MARGIN = 1.08
+
 
 class Stage(NamedTuple):
     """What a part of the model keeps between the forward and the backward pass.
@@ -134,8 +137,8 @@ def plan(model, batch_size, budget_bytes):
     """Chooses what is recomputed, so that a step is as fast as a budget allows.
 
     The last blocks store their activations, as many as the budget has room for by
-    `estimate`; the others are recomputed. (What a block stores is in the way of all
-    blocks before it, whose backward pass comes later, and of none after it.)
+    `estimate` and a margin; the others are recomputed. (What a block stores is in the
+    way of all blocks before it, whose backward pass comes later, and of none after it.)
 
     Args:
         model: as for `estimate`. All its reversible layers have their `recompute` set
@@ -164,7 +167,7 @@ def plan(model, batch_size, budget_bytes):
 
     def peak(num_blocks, batch_size=batch_size):
         store(num_blocks)
-        return estimate(model, batch_size).peak_bytes
+        return math.ceil(PLAN_MARGIN * estimate(model, batch_size).peak_bytes)
 
     try:
         minimum = peak(0)
