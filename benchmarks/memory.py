@@ -3,6 +3,8 @@
     python -m benchmarks.memory          # memory.csv and memory.png; half an hour
     python -m benchmarks.memory --plot   # memory.png again, from memory.csv
 
+A measurement that has its row in memory.csv is not made again.
+
 Each measurement is a fresh process that makes two training steps. Without XLA the
 figure is the process's peak resident size (`VmHWM`, Linux), taken at two batch sizes:
 their difference, divided by the difference in samples, leaves out the weights, the code
@@ -85,28 +87,40 @@ def measure_this_process(network, num_blocks, batch_size):
     print(json.dumps({"peak_bytes": 1024 * kib}))
 
 
+def cells():
+    """Yields network, number of blocks and mode of each measurement."""
+    for network in ("sequence", "functional", "remat", "ordinary"):
+        for num_blocks in (4, 16) if network in GROWING else (4, 16, 64):
+            yield network, num_blocks, "graph"
+            yield network, num_blocks, "xla"
+    for network in ("revnet", "revnet_ordinary"):
+        for num_blocks in (3, 9, 18):
+            yield network, num_blocks, "graph"
+
+
 def sweep():
     from benchmarks.provenance import provenance
 
-    rows = []
-    for network in ("sequence", "functional", "remat", "ordinary"):
-        for num_blocks in (4, 16) if network in GROWING else (4, 16, 64):
-            value = bytes_per_sample(network, num_blocks)
-            rows.append((network, num_blocks, "graph", value))
-            value = xla_temporary_bytes(network, num_blocks) / XLA_BATCH_SIZE
-            rows.append((network, num_blocks, "xla", value))
-            print(*rows[-2], *rows[-1], flush=True)
-    for network in ("revnet", "revnet_ordinary"):
-        for num_blocks in (3, 9, 18):
-            value = bytes_per_sample(network, num_blocks)
-            rows.append((network, num_blocks, "graph", value))
-            print(*rows[-1], flush=True)
+    path = FOLDER / "memory.csv"
     common = provenance()
-    with open(FOLDER / "memory.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*common, "network", "num_blocks", "mode", "bytes_per_sample"])
-        for *row, value in rows:
-            writer.writerow([*common.values(), *row, round(value)])
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    for network, num_blocks, mode in cells():
+        cell = {"network": network, "num_blocks": str(num_blocks), "mode": mode}
+        if any(cell.items() <= row.items() for row in rows):
+            continue
+        if mode == "xla":
+            value = xla_temporary_bytes(network, num_blocks) / XLA_BATCH_SIZE
+        else:
+            value = bytes_per_sample(network, num_blocks)
+        rows.append({**common, **cell, "bytes_per_sample": round(value)})
+        print(*cell.values(), round(value), flush=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def plot():
@@ -121,7 +135,7 @@ def plot():
         "ordinary": "ordinary backpropagation",
         "sequence": "RevSequence",
         "functional": "RevBlocks, functional model",
-        "remat": "keras.RematScope",
+        "remat": "keras.remat",
         "revnet_ordinary": "ordinary backpropagation",
         "revnet": "RevNet",
     }

@@ -37,6 +37,14 @@ class PlainBlock(layers.Layer):
         return tf.concat([y1, y2], -1)
 
 
+class RematBlock(PlainBlock):
+    """The same, recomputed from its stored input."""
+
+    def call(self, inputs, training=False):
+        block = super()
+        return keras.remat(lambda x: block.call(x, training=training))(inputs)
+
+
 def branch(filters):
     stack = []
     for _ in range(2):
@@ -48,8 +56,8 @@ def branch(filters):
     return keras.Sequential(stack)
 
 
-def block():
-    return RevBlock(branch(32), branch(32))
+def block(kind=RevBlock):
+    return kind(branch(32), branch(32))
 
 
 def chain(network, num_blocks):
@@ -57,11 +65,7 @@ def chain(network, num_blocks):
     if network in SEQUENCES:
         blocks = [block() for _ in range(num_blocks)]
         return RevSequence(blocks, **SEQUENCES[network])
-    branches = [(branch(32), branch(32)) for _ in range(num_blocks)]
-    # Of the blocks alone: in the branches every layer would be recomputed once more.
-    with keras.RematScope("full"):
-        blocks = [PlainBlock(f, g) for f, g in branches]
-    return keras.Sequential(blocks)
+    return keras.Sequential([block(RematBlock) for _ in range(num_blocks)])
 
 
 def build(network, num_blocks, jit_compile=False):
@@ -71,9 +75,9 @@ def build(network, num_blocks, jit_compile=False):
         network: `"sequence"` (one `RevSequence`), `"functional"` or `"sequential"`
             (blocks called one by one in such a model), `"fixed_point"` (a sequence with
             fixed-point streams), `"ordinary"` (a sequence with ordinary
-            backpropagation), `"remat"` (plain blocks under `keras.RematScope`, which
-            is `tf.recompute_grad`: each is recomputed from its stored input);
-            `"revnet"` or `"revnet_ordinary"`, with the widths of the RevNet-110.
+            backpropagation), `"remat"` (plain blocks, each under `keras.remat`, which
+            is `tf.recompute_grad`); `"revnet"` or `"revnet_ordinary"`, with the widths
+            of the paper's RevNet-110.
         num_blocks: number of blocks; in each of three stages for a RevNet.
         jit_compile: whether to compile the training step with XLA.
     """

@@ -3,7 +3,7 @@
     python -m benchmarks.step_time    # step_time.csv; 10 minutes
 
 A chain of 9 blocks, two streams of 32 channels, 32x32, batch 64: recomputed, with
-fixed-point streams, under `keras.RematScope`, with ordinary backpropagation, and the
+fixed-point streams, under `keras.remat`, with ordinary backpropagation, and the
 forward pass of that alone. The gradient is that for the weights and the input, as
 inside of a network. The ways alternate in one process; the figures are the ratios of
 the medians.
