@@ -126,9 +126,12 @@ def plot():
     budgets = [int(row["budget_bytes"]) / 1e6 for row in rows]
     ax.step(budgets, ratios, where="post", color="0.7", label="budget")
     ax.plot(peaks, ratios, "o", label="measured peak")
-    for row, x, y in zip(rows, peaks, ratios, strict=True):
-        text = f"{row['stored_blocks']} stored"
-        ax.annotate(text, (x, y), (0, 6), textcoords="offset points", fontsize="small")
+    labels = {
+        row["stored_blocks"]: at for row, *at in zip(rows, peaks, ratios, strict=True)
+    }
+    for stored, at in labels.items():
+        text = f"{stored} stored"
+        ax.annotate(text, at, (6, 4), textcoords="offset points", fontsize="small")
     ax.set(
         xlabel="memory of a training step, MB",
         ylabel="time of a step,\nordinary backpropagation = 1",
