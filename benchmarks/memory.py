@@ -155,14 +155,16 @@ def plot():
     ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for ax, (title, mode, networks) in zip(axes, panels, strict=True):
+        ticks = set()
         for network in networks:
             chosen = [r for r in rows if (r["network"], r["mode"]) == (network, mode)]
             x = [int(r["num_blocks"]) for r in chosen]
             if network.startswith("revnet"):
                 x = [3 * n for n in x]
+            ticks.update(x)
             y = [float(r["bytes_per_sample"]) / 2**20 for r in chosen]
             ax.plot(x, y, label=names[network], **style[network])
-        ax.set(title=title, xlabel="blocks", xticks=x)
+        ax.set(title=title, xlabel="blocks", xticks=sorted(ticks))
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
