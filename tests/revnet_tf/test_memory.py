@@ -83,7 +83,9 @@ print(json.dumps([f(model, 32).peak_bytes for f in (memory.estimate, memory.meas
 """
 
 
-@pytest.mark.parametrize("network", ["functional", "ordinary"])
+@pytest.mark.parametrize(
+    "network", ["functional", pytest.param("ordinary", marks=pytest.mark.slow)]
+)
 def test_the_estimate_is_within_a_tenth_of_the_measurement(network):
     # A process of its own has an allocator without a past.
     done = subprocess.run(
