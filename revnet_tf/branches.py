@@ -121,8 +121,20 @@ class PoolingShortcut(keras.layers.Layer):
         return {**super().get_config(), **config}
 
 
+class _IrreversibleLayer(TwoStreamLayer):
+    """A layer that keeps its input in training, and computes the rest anew."""
+
+    keeps_inputs = True
+
+    def step(self, variables, arguments):
+        def call(x1, x2, **extra):
+            return self.forward(x1, x2, arguments._replace(extra=extra))
+
+        return coupling.Checkpoint(variables.branch(self, call, arguments.extra))
+
+
 @keras.saving.register_keras_serializable("revnet_tf")
-class DownsamplingBlock(TwoStreamLayer):
+class DownsamplingBlock(_IrreversibleLayer):
     """First block of a stage: `y1 = s1(x1) + f(x2)`, `y2 = s2(x2) + g(y1)`.
 
     It changes size or width and so cannot be reversed. In training it keeps its input,
@@ -139,7 +151,6 @@ class DownsamplingBlock(TwoStreamLayer):
     """
 
     LAYERS = ("f", "g", "shortcut1", "shortcut2")
-    keeps_inputs = True
 
     def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
         super().__init__(**kwargs)
@@ -168,12 +179,6 @@ class DownsamplingBlock(TwoStreamLayer):
         y2 = coupling.add(tf.cast(self.shortcut2(x2), dtype), tf.cast(gy, dtype))
         return y1, y2
 
-    def step(self, variables, arguments):
-        def call(x1, x2, **extra):
-            return self.forward(x1, x2, arguments._replace(extra=extra))
-
-        return coupling.Checkpoint(variables.branch(self, call, arguments.extra))
-
     def compute_output_shape(self, input_shape):
         shape1, shape2 = self.stream_shapes(input_shape)
         shape1 = self.shape_after(self.shortcut1, shape1)
@@ -182,7 +187,7 @@ class DownsamplingBlock(TwoStreamLayer):
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
-class Stem(TwoStreamLayer):
+class Stem(_IrreversibleLayer):
     """What comes before the first stage: makes two streams of an image.
 
     In training it keeps the image, and computes everything else anew.
@@ -193,7 +198,6 @@ class Stem(TwoStreamLayer):
     """
 
     LAYERS = ("layer",)
-    keeps_inputs = True
 
     def __init__(self, layer, **kwargs):
         super().__init__(**kwargs)
@@ -211,12 +215,6 @@ class Stem(TwoStreamLayer):
     def forward(self, x1, x2, arguments):
         y = self.layer(x1, training=arguments.training, **arguments.of(self.layer, 0))
         return tf.split(tf.cast(y, x1.dtype), 2, self.axis)
-
-    def step(self, variables, arguments):
-        def call(x1, x2, **extra):
-            return self.forward(x1, x2, arguments._replace(extra=extra))
-
-        return coupling.Checkpoint(variables.branch(self, call, arguments.extra))
 
     def compute_output_shape(self, input_shape):
         return self.shape_after(self.layer, input_shape)
