@@ -107,8 +107,16 @@ def estimate(model, batch_size):
     Raises:
         ValueError: the shape of the model's inputs is not known.
     """
-    memory, _ = _estimate(model, batch_size)
-    return memory
+    step, graph, calls = _traced(model, batch_size)
+    if step.jit_compile:
+        return step.compiled()
+    peak, kept = _simulate(graph, step.boundary)
+    names = [layer.name for layer in calls.values()]
+    stages = dict.fromkeys([*names, "other layers"], 0)
+    for name, size in kept:
+        owners = [layer for scope, layer in calls.items() if name.startswith(scope)]
+        stages[owners[0].name if owners else "other layers"] += size
+    return step.memory(round(_ROUNDING * peak), sum(stages.values()), stages)
 
 
 def measure(model, batch_size):
@@ -153,7 +161,8 @@ def plan(model, batch_size, budget_bytes):
         ValueError: the budget is below what is needed when everything is recomputed, or
             the model has no reversible layer.
     """
-    _, layers = _estimate(model, batch_size)
+    _, _, calls = _traced(model, batch_size)
+    layers = list(dict.fromkeys(calls.values()))
     blocks = [b for layer in layers for b in getattr(layer, "blocks", [layer])]
     if not blocks:
         raise ValueError(f"{model.name} has no reversible layer to plan for.")
@@ -208,21 +217,12 @@ def _largest_batch(peak, batch_size, budget_bytes):
     return f"a batch of {fits} fits."
 
 
-def _estimate(model, batch_size):
-    """Returns the estimate, and the reversible layers in the order of their calls."""
+def _traced(model, batch_size):
+    """Returns a `_Step`, its graph, and the reversible layers by the call's scope."""
     step = _Step(model, batch_size)
     with streams.calls() as calls:
         graph = step.function.get_concrete_function(*step.specs).graph
-    layers = list(dict.fromkeys(calls.values()))
-    if step.jit_compile:
-        return step.compiled(), layers
-    peak, kept = _simulate(graph, step.boundary)
-    stages = dict.fromkeys([*(layer.name for layer in layers), "other layers"], 0)
-    for name, size in kept:
-        owners = [layer for scope, layer in calls.items() if name.startswith(scope)]
-        stages[owners[0].name if owners else "other layers"] += size
-    peak = round(_ROUNDING * peak)
-    return step.memory(peak, sum(stages.values()), stages), layers
+    return step, graph, calls
 
 
 class _Step:
@@ -290,16 +290,16 @@ class _Step:
 
     def memory(self, peak, kept, stages=None):
         """Returns a `Memory`, of the bytes beside the variables."""
+        weights = _bytes(self.model.variables)
         gradients = _bytes(self.model.trainable_variables)
+        optimizer = _bytes(self.optimizer.variables) if self.optimizer else 0
         return Memory(
             activation_bytes=peak - gradients,
             working_set_bytes=max(peak - gradients - kept, 0),
-            weight_bytes=_bytes(self.model.variables),
+            weight_bytes=weights,
             gradient_bytes=gradients,
-            optimizer_bytes=_bytes(self.optimizer.variables) if self.optimizer else 0,
-            peak_bytes=peak
-            + _bytes(self.model.variables)
-            + (_bytes(self.optimizer.variables) if self.optimizer else 0),
+            optimizer_bytes=optimizer,
+            peak_bytes=peak + weights + optimizer,
             stages=tuple(Stage(*stage) for stage in (stages or {}).items()),
         )
 
