@@ -24,6 +24,7 @@ as if it did:
 Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -382,11 +383,19 @@ def _wait(done, inputs, weights):
         return inputs, weights
     with tf.control_dependencies(done):
         inputs = [tf.identity(x) for x in inputs]
-    numbers = [tf.cast(tf.reshape(t, [-1])[:1], tf.float32) for t in done]
+    # Constants that all share: else these would be most of what a model's graph holds.
+    flat, first, second = (tf.constant([i]) for i in (-1, 0, 1))
+    numbers = [
+        tf.cast(
+            tf.strided_slice(tf.reshape(t, flat), first, second, second), tf.float32
+        )
+        for t in done
+    ]
     never = tf.reduce_any(tf.concat(numbers, 0) > math.inf)
+    zero = functools.cache(functools.partial(tf.zeros, []))
 
     def choose(tensors):
-        return [tf.where(never, tf.zeros([], t.dtype), t) for t in tensors]
+        return [tf.where(never, zero(t.dtype), t) for t in tensors]
 
     return (inputs, choose(weights)) if weights else (choose(inputs), weights)
 
