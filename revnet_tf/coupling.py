@@ -47,22 +47,64 @@ class Branch(NamedTuple):
         state: positions of its other tensors (moving statistics, seeds, counters)
             among the run's `state`.
         name: for error messages.
+        traced: in a graph, a dict that all branches have in common that compute the
+            same of their parameters: they are traced once, as a `tf.function`. `None`
+            for a branch that is traced by itself.
     """
 
     function: Callable
     weights: Sequence[int]
     state: Sequence[int]
     name: str = "branch"
+    traced: dict | None = None
 
     def __call__(self, weights, state, *inputs):
         """Returns the outputs, the run's state after the call, the losses, `read`."""
-        outputs, new_state, losses, read = self.function(
-            [weights[i] for i in self.weights], [state[i] for i in self.state], *inputs
-        )
+        own = [weights[i] for i in self.weights], [state[i] for i in self.state]
+        outputs, changed, losses, read = self.call(_evaluate, *own, inputs)
         state = list(state)
-        for i, value in zip(self.state, new_state, strict=True):
-            state[i] = value
+        for i, value in zip(self.state, changed, strict=True):
+            if value is not None:
+                state[i] = value
         return outputs, state, losses, read
+
+    def call(self, what, *arguments):
+        """Returns `what(self.function, *arguments)`: tensors, and a list, `read`."""
+        if self.traced is None:
+            return what(self.function, *arguments)
+        if what not in self.traced:
+            read = []
+
+            @tf.function(autograph=False)
+            def function(*arguments):
+                *tensors, read[:] = what(self.function, *arguments)
+                return tensors
+
+            self.traced[what] = function, read
+        function, read = self.traced[what]
+        return *function(*arguments), list(read)
+
+
+def _evaluate(function, weights, state, inputs):
+    """Returns outputs, the new state or `None` where it is the old, losses, `read`."""
+    outputs, new_state, losses, read = function(weights, state, *inputs)
+    changed = [
+        None if new is old else new for old, new in zip(state, new_state, strict=True)
+    ]
+    return outputs, changed, losses, read
+
+
+def _differentiate(function, weights, state, inputs, d_outputs, d_losses):
+    """Returns outputs, the gradients for inputs and weights, `read`."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([*inputs, *weights])
+        outputs, _, losses, read = function(weights, state, *inputs)
+    gradients = tape.gradient(
+        [*outputs, *losses],
+        [*inputs, *weights],
+        output_gradients=[*d_outputs, *d_losses],
+    )
+    return outputs, gradients, read
 
 
 class Coupling(NamedTuple):
@@ -331,16 +373,13 @@ def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, gradients)
     state, first_read = before
     own = [weights[i] for i in branch.weights]
     inputs, own = _wait([*after, *d_outputs, *gradients.last], inputs, own)
-    weights = list(weights)
-    for i, weight in zip(branch.weights, own, strict=True):
-        weights[i] = weight
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch([*inputs, *own])
-        outputs, _, losses, read = branch(weights, state, *inputs)
-    found = tape.gradient(
-        [*outputs, *losses],
-        [*inputs, *own],
-        output_gradients=[*d_outputs, *d_losses],
+    outputs, found, read = branch.call(
+        _differentiate,
+        own,
+        [state[i] for i in branch.state],
+        inputs,
+        d_outputs,
+        d_losses,
     )
     if read != first_read:
         raise ValueError(

@@ -8,6 +8,7 @@ refused rather than silently done twice or not differentiated.
 
 import contextlib
 import inspect
+import json
 import re
 
 import keras
@@ -27,11 +28,16 @@ class Variables:
     """The variables of all branches of a run, each once; `weights` have gradients.
 
     Among the weights are also floating-point tensors that branches are called with.
+
+    Args:
+        share_traces: whether branches of the same structure are traced once.
     """
 
-    def __init__(self):
+    def __init__(self, share_traces=False):
         self.weights = []
         self.state = []
+        self._share_traces = share_traces
+        self._traced = {}
 
     def branch(self, owner, call, arguments=None):
         """Returns a function that uses the variables of a layer as a pure branch.
@@ -67,7 +73,13 @@ class Variables:
             _positions([*weights, *(flat[i] for i in where)], self.weights),
             _positions(state, self.state),
             owner.name,
+            self._traced_like(owner) if not flat else None,
         )
+
+    def _traced_like(self, owner):
+        """Returns what branches of the structure of `owner` have in common."""
+        found = structure(owner) if self._share_traces else None
+        return None if found is None else self._traced.setdefault(found, {})
 
     def values(self):
         """Returns the present values of the weights and of the state, as tensors."""
@@ -124,6 +136,33 @@ def trace(steps, variables, x1, x2):
         lambda t: tf.TensorSpec(t.shape, t.dtype), (x1, x2, *variables.values())
     )
     forward.get_concrete_function(*specs)
+
+
+def structure(layer):
+    """Returns a text that is the same for layers that differ in names and values only.
+
+    `None` where that is not known: for layers that are not Keras's own or hold such.
+    """
+
+    owners = set()
+
+    def anonymous(config):
+        if isinstance(config, (list, tuple)):
+            return [anonymous(value) for value in config]
+        if not isinstance(config, dict):
+            return config
+        if "class_name" in config:
+            package = str(config.get("module")).split(".")[0]
+            owners.add(config.get("registered_name") or package)
+        return {k: anonymous(v) for k, v in config.items() if k != "name"}
+
+    variables = [(tuple(v.shape), v.dtype, v.trainable) for v in layer.variables]
+    try:
+        config = anonymous(keras.saving.serialize_keras_object(layer))
+        text = json.dumps([config, variables], sort_keys=True)
+    except Exception:  # of a layer whose `get_config` says nothing, or too much
+        return None
+    return text if owners == {"keras"} else None
 
 
 def accepts(layer, name):

@@ -180,7 +180,13 @@ class TwoStreamLayer(keras.layers.Layer):
         return *origin.streams, origin.handoff if same_format else None
 
     def _run(self, layers, x1, x2, arguments, received):
-        variables = pure.Variables()
+        # A function has no part in what the replicas of a strategy do together, as
+        # synchronized batch normalization, nor in the name scopes of `calls`.
+        variables = pure.Variables(
+            share_traces=not tf.executing_eagerly()
+            and tf.distribute.get_strategy().num_replicas_in_sync == 1
+            and _calls.get() is None
+        )
         steps = [layer.step(variables, arguments) for layer in layers]
         if tell := _tell.get():
             steps = [

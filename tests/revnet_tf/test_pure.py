@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from twins import assert_close, images, loss_and_gradients, twins
 
-from revnet_tf import RevBlock, RevSequence
+from revnet_tf import RevBlock, RevSequence, pure
 from revnet_tf.branches import DownsamplingBlock
 
 layers = keras.layers
@@ -464,3 +464,87 @@ def test_inputs_that_are_no_streams_are_refused(inputs):
     block = RevBlock(layers.Dense(4), layers.Dense(4))
     with pytest.raises(ValueError):
         block(inputs)
+
+
+class ScaledDense(layers.Dense):
+    """With a number that no `get_config` tells of."""
+
+    factor = 1.0
+
+    def call(self, x, training=False):
+        return self.factor * super().call(x)
+
+
+def dense_sequence(num_blocks, dense=layers.Dense):
+    def branch():
+        return keras.Sequential([dense(4), layers.LeakyReLU(negative_slope=0.1)])
+
+    return RevSequence([RevBlock(branch(), branch()) for _ in range(num_blocks)])
+
+
+def test_in_a_graph_branches_of_one_structure_are_traced_once(monkeypatch):
+    calls = []
+    call = layers.Dense.call
+
+    def counted(self, inputs, training=None):
+        calls.append(self)
+        return call(self, inputs, training)
+
+    monkeypatch.setattr(layers.Dense, "call", counted)
+
+    def traced(num_blocks):
+        sequence = dense_sequence(num_blocks)
+        sequence.build((None, 8))
+        calls.clear()
+        tf.function(loss_and_gradients).get_concrete_function(
+            sequence, tf.TensorSpec((3, 8))
+        )
+        return len(calls)
+
+    assert traced(1) == traced(6) == 2  # forward and backward
+
+
+def change_a_slope(block):
+    block.f.layers[1].negative_slope = 0.7
+
+
+def change_an_activation(block):
+    block.f.layers[0].activation = lambda x: 0.5 * x
+
+
+def change_a_number_of_a_custom_layer(block):
+    block.f.layers[0].factor = 0.3
+
+
+def freeze_a_layer(block):
+    block.f.layers[0].trainable = False
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        (change_a_slope, layers.Dense),
+        (change_an_activation, layers.Dense),
+        (change_a_number_of_a_custom_layer, ScaledDense),
+        (freeze_a_layer, layers.Dense),
+    ],
+)
+def test_in_a_graph_a_branch_that_was_changed_is_traced_by_itself(change, dense):
+    rev, ordinary = twins(lambda: dense_sequence(3, dense), (None, 8))
+    x = images(3, 8)
+    before = loss_and_gradients(ordinary, x)
+    for sequence in (rev, ordinary):
+        change(sequence.blocks[1])
+    expected = loss_and_gradients(ordinary, x)
+    assert len(expected) < len(before) or float(expected[0]) != float(before[0])
+    assert_close(tf.function(loss_and_gradients)(rev, x), expected, 1e-5, 1e-6)
+
+
+def test_shared_traces_give_the_bits_of_separate_ones(monkeypatch):
+    rev, _ = twins(lambda: dense_sequence(4), (None, 8))
+    x = images(3, 8)
+    shared = tf.function(loss_and_gradients)(rev, x)
+    monkeypatch.setattr(pure, "structure", lambda layer: None)
+    separate = tf.function(loss_and_gradients)(rev, x)
+    for a, b in zip(shared, separate, strict=True):
+        np.testing.assert_array_equal(a, b)
