@@ -13,12 +13,10 @@ import argparse
 import csv
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 
+from benchmarks import processes
 from benchmarks.provenance import FOLDER, provenance
 
 BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
@@ -60,15 +58,7 @@ def plan_in_this_process(budget):
 
 def planned(budget):
     """Returns how many blocks are stored, and the measured peak."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.budget", "--one", str(budget)],
-        cwd=FOLDER.parent,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return processes.run("budget", budget)
 
 
 def step_seconds(numbers_stored):

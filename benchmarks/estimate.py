@@ -14,10 +14,8 @@ the input of the first stage if a block that cannot be reversed begins it.
 import argparse
 import csv
 import json
-import os
-import subprocess
-import sys
 
+from benchmarks import processes
 from benchmarks.provenance import FOLDER, provenance
 
 PAPER = ("RevNet38", "RevNet110", "RevNet164", "ResNet32", "ResNet110", "ResNet164")
@@ -110,16 +108,7 @@ def main():
         columns += ["estimated_peak_bytes", "measured_peak_bytes", "ratio"]
         writer.writerow([*common, *columns])
         for network, batch_size, mode in ROWS:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.estimate", "--one"]
-                + [network, str(batch_size), mode],
-                cwd=FOLDER.parent,
-                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            estimated, measured = json.loads(done.stdout.splitlines()[-1])
+            estimated, measured = processes.run("estimate", network, batch_size, mode)
             row = [network, batch_size, mode, estimated["activation_bytes"]]
             row += [measured["activation_bytes"]]
             row += [least_bytes(network, batch_size) if "RevNet" in network else ""]

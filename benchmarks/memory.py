@@ -18,10 +18,10 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks import processes
 
 FOLDER = pathlib.Path(__file__).parent
 BATCH_SIZES = 16, 80
@@ -41,34 +41,25 @@ def bytes_per_sample(network, num_blocks):
 
 def peak_bytes(network, num_blocks, batch_size):
     """Returns the peak resident size of a fresh process that trains in graph mode."""
-    return _measure(network, num_blocks, batch_size, {})["peak_bytes"]
+    return processes.run("memory", network, num_blocks, batch_size)["peak_bytes"]
 
 
 def xla_temporary_bytes(network, num_blocks, batch_size=XLA_BATCH_SIZE):
     """Returns the size of the temporary buffer of a training step under XLA."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-        _measure(network, num_blocks, batch_size, {"XLA_FLAGS": flags})
+        processes.run(
+            "memory",
+            network,
+            num_blocks,
+            batch_size,
+            environment={"XLA_FLAGS": flags},
+        )
         sizes = []
         for path in pathlib.Path(folder).glob("*buffer-assignment.txt"):
             found = re.findall(r"size (\d+), preallocated-temp", path.read_text())
             sizes.append(sum(map(int, found)))
     return max(sizes)
-
-
-def _measure(network, num_blocks, batch_size, environment):
-    command = [sys.executable, "-m", "benchmarks.memory", "--one"]
-    command += [network, str(num_blocks), str(batch_size)]
-    done = subprocess.run(
-        command,
-        cwd=FOLDER.parent,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_this_process(network, num_blocks, batch_size):
