@@ -11,13 +11,10 @@ the loss stands the mean square of the outputs. Beside it a process has the memo
 Python and TensorFlow themselves, and of the input pipeline.
 """
 
-import collections
 import dataclasses
 import functools
-import heapq
 import math
 import os
-import random
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -26,6 +23,7 @@ import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from revnet_tf import streams
+from revnet_tf.executor import num_bytes, simulate, size_of
 
 # An estimate can be some percent too low: a plan leaves this much room.
 PLAN_MARGIN = 1.08
@@ -110,13 +108,13 @@ def estimate(model, batch_size):
     step, graph, calls = _traced(model, batch_size)
     if step.jit_compile:
         return step.compiled()
-    peak, kept = _simulate(graph, step.boundary)
+    peak, kept = simulate(graph, step.boundary)
     names = [layer.name for layer in calls.values()]
     stages = dict.fromkeys([*names, "other layers"], 0)
     for name, size in kept:
         owners = [layer for scope, layer in calls.items() if name.startswith(scope)]
         stages[owners[0].name if owners else "other layers"] += size
-    return step.memory(round(_ROUNDING * peak), sum(stages.values()), stages)
+    return step.memory(peak, sum(stages.values()), stages)
 
 
 def measure(model, batch_size):
@@ -290,9 +288,9 @@ class _Step:
 
     def memory(self, peak, kept, stages=None):
         """Returns a `Memory`, of the bytes beside the variables."""
-        weights = _bytes(self.model.variables)
-        gradients = _bytes(self.model.trainable_variables)
-        optimizer = _bytes(self.optimizer.variables) if self.optimizer else 0
+        weights = num_bytes(self.model.variables)
+        gradients = num_bytes(self.model.trainable_variables)
+        optimizer = num_bytes(self.optimizer.variables) if self.optimizer else 0
         return Memory(
             activation_bytes=peak - gradients,
             working_set_bytes=max(peak - gradients - kept, 0),
@@ -314,7 +312,7 @@ class _Step:
             and not allocation.is_constant
             and not allocation.is_thread_local
         )
-        return self.memory(peak + _bytes(self.specs), 0)
+        return self.memory(peak + num_bytes(self.specs), 0)
 
     def measured(self):
         """Returns what the device's allocator says of some steps."""
@@ -347,10 +345,10 @@ class _Step:
         # What is too small to be in the account has to be added to it.
         unseen = sum(
             size
-            for size in map(_size, self.model.trainable_variables)
+            for size in map(size_of, self.model.trainable_variables)
             if device.startswith("CPU") and size < 2**18
         )
-        own = _bytes(self.specs) - before
+        own = num_bytes(self.specs) - before
         return self.memory(peak + own + unseen, kept + own)
 
 
@@ -378,200 +376,3 @@ def _random(spec):
     if spec.dtype.is_floating:
         return tf.random.stateless_normal(spec.shape, [0, 0], dtype=spec.dtype)
     return tf.zeros(spec.shape, spec.dtype)
-
-
-def _bytes(tensors):
-    return sum(map(_size, tensors))
-
-
-def _size(tensor):
-    """Returns the size of a tensor or variable in bytes, 0 of one that has none."""
-    dtype = tf.as_dtype(tensor.dtype)
-    if dtype in (tf.resource, tf.variant, tf.string):
-        return 0
-    shape = tf.TensorShape(tensor.shape)
-    return math.prod(shape.as_list()) * dtype.size if shape.is_fully_defined() else 0
-
-
-# Operations whose outputs are their inputs.
-_SAME = {
-    "CheckNumerics",
-    "EnsureShape",
-    "ExpandDims",
-    "Identity",
-    "IdentityN",
-    "PreventGradient",
-    "Reshape",
-    "Squeeze",
-    "StopGradient",
-}
-# Operations that write over an input of the size of their output if nobody needs it.
-_IN_PLACE = set(
-    """
-    Abs Add AddN AddV2 BiasAdd Ceil Elu EluGrad Erf Exp Expm1 Floor Log Log1p LogSoftmax
-    Maximum Minimum Mul Neg Pow RealDiv Reciprocal Relu Relu6 Relu6Grad ReluGrad Round
-    Rsqrt RsqrtGrad Select Sigmoid SigmoidGrad Sign Softmax Softplus SoftplusGrad Sqrt
-    SqrtGrad Square SquaredDifference Sub Tanh TanhGrad
-    """.split()
-)
-# Operations that give what is there already: weights, and constants of the graph.
-_NOT_MADE = {"Const", "ReadVariableOp", "VarHandleOp"}
-# A smaller operation is executed at once; the larger ones wait for a thread.
-_LARGE_BYTES = 100_000
-# Orders of execution that are tried.
-_ORDERS = 8
-# An allocator gives a free piece away whole where splitting it would leave little.
-_ROUNDING = 1.03
-
-
-def _simulate(graph, boundary):
-    """Goes through the operations of a function as TensorFlow's executor does.
-
-    Args:
-        graph: the function's graph, of known shapes.
-        boundary: name of an operation.
-
-    Returns:
-        The peak of the bytes alive, and what is alive when the boundary is passed: a
-        list of pairs, the name of the operation that made a tensor and its size.
-    """
-    outputs = [t for t in graph.outputs if t is not None]
-    needed, ahead = set(), [t.op for t in outputs] + list(graph.control_outputs)
-    while ahead:
-        op = ahead.pop()
-        if op not in needed:
-            needed.add(op)
-            ahead += [t.op for t in op.inputs] + list(op.control_inputs)
-    waiting_for, followers = {}, collections.defaultdict(list)
-    # Whoever calls the function holds its inputs meanwhile.
-    uses = collections.Counter(t.ref() for t in [*outputs, *graph.inputs])
-    for op in graph.get_operations():
-        if op in needed:
-            before = {*(t.op for t in op.inputs), *op.control_inputs}
-            waiting_for[op] = len(before)
-            uses.update(t.ref() for t in op.inputs)
-            for other in before:
-                followers[other].append(op)
-    # Which comes first of those that become ready at a time is not known.
-    runs = [
-        _execute(waiting_for, followers, uses, boundary, random.Random(seed))
-        for seed in range(_ORDERS)
-    ]
-    kept = min((kept for _, kept in runs), key=lambda kept: sum(s for _, s in kept))
-    return max(peak for peak, _ in runs), kept
-
-
-def _execute(waiting_for, followers, uses, boundary, rng):
-    """Executes operations in an order drawn by `rng`; returns as `_simulate`."""
-    waiting_for = dict(waiting_for)
-    memory = _Buffers(uses.copy())
-    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count()
-    if tf.config.list_logical_devices("GPU"):
-        threads = 1  # one stream
-    small, large, under_way = collections.deque(), [], []
-    kept, now = [], 0
-
-    def ready(op):
-        size = max(map(_size, [*op.inputs, *op.outputs]), default=0)
-        is_large = size > _LARGE_BYTES and op.type not in _SAME
-        (large if is_large else small).append(op)
-
-    for op, count in waiting_for.items():
-        if count == 0:
-            ready(op)
-    while small or large or under_way:
-        if small:
-            op = small.popleft()
-            memory.start(op)
-        elif large and len(under_way) < threads:
-            op = large.pop()  # what has become ready last
-            memory.start(op)
-            heapq.heappush(under_way, (now + _work(op), rng.random(), op))
-            continue
-        else:
-            now, _, op = heapq.heappop(under_way)
-        memory.finish(op)
-        if op.name == boundary:
-            kept = list(memory.alive.values())
-        for follower in rng.sample(followers[op], len(followers[op])):
-            waiting_for[follower] -= 1
-            if waiting_for[follower] == 0:
-                ready(follower)
-    return memory.peak, kept
-
-
-def _work(op):
-    """Returns how long an operation takes, in some unit."""
-    size = sum(map(_size, [*op.inputs, *op.outputs]))
-    return size * (20 if "Conv" in op.type or "MatMul" in op.type else 1)
-
-
-def _scratch(op):
-    """Returns what an operation needs beside its inputs and outputs."""
-    if op.type == "Einsum":  # transposes a tensor
-        return max(map(_size, [*op.inputs, *op.outputs]))
-    return 0
-
-
-class _Buffers:
-    """The memory behind tensors: several can share a buffer.
-
-    Attributes:
-        alive: by buffer, the name of the operation that made it, and its size.
-        peak: largest sum of the sizes so far.
-    """
-
-    def __init__(self, uses):
-        self.alive = {}
-        self.peak = self._total = 0
-        self._uses = uses  # that a tensor has still before it
-        self._of = {}  # the buffer of a tensor
-        self._tensors = collections.Counter()  # that share a buffer
-
-    def start(self, op):
-        """Has the outputs of an operation made."""
-        for i, output in enumerate(op.outputs):
-            buffer = self._reused(op, i, output)
-            if buffer is None:
-                buffer = output.ref()
-                size = 0 if op.type in _NOT_MADE else _size(output)
-                self.alive[buffer] = op.name, size
-                self._total += size
-            self._of[output.ref()] = buffer
-            self._tensors[buffer] += 1
-        self._total += _scratch(op)
-        self.peak = max(self.peak, self._total)
-
-    def finish(self, op):
-        """Lets go what the operation was the last to need."""
-        self._total -= _scratch(op)
-        for t in op.outputs:
-            if not self._uses[t.ref()]:
-                self._drop(t)
-        for t in op.inputs:
-            self._uses[t.ref()] -= 1
-            if not self._uses[t.ref()]:
-                self._drop(t)
-
-    def _reused(self, op, index, output):
-        if op.type in _SAME:
-            return self._of[op.inputs[index if op.type == "IdentityN" else 0].ref()]
-        if op.type in _IN_PLACE:
-            for t in op.inputs:
-                buffer = self._of[t.ref()]
-                _, size = self.alive[buffer]
-                last = self._uses[t.ref()] == sum(t is other for other in op.inputs)
-                if (
-                    last
-                    and self._tensors[buffer] == 1
-                    and size == _size(output) > 0
-                    and t.dtype == output.dtype
-                ):
-                    return buffer
-        return None
-
-    def _drop(self, tensor):
-        buffer = self._of[tensor.ref()]
-        self._tensors[buffer] -= 1
-        if not self._tensors[buffer]:
-            self._total -= self.alive.pop(buffer)[1]
