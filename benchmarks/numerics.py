@@ -32,7 +32,7 @@ from revnet_tf.numerics import ReversibilityMonitor
 from training import data, fit, runs
 from training.recipes import RECIPES
 
-DEPTHS = 10, 30, 100, 300
+DEPTHS = 10, 30, 100, 300, 1000
 
 # Policy of all layers, fraction bits, blocks from one anchor to the next.
 WAYS = {

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from twins import images, loss_and_gradients, twins
 
-from revnet_tf import RevBlock, RevSequence, fixed_point, models
+from revnet_tf import RevBlock, RevSequence, fixed_point, models, numerics
 
 layers = keras.layers
 
@@ -172,3 +172,14 @@ def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(
         results.append(step(model, images(batch, 8, 8, 3)))
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_a_thousand_blocks_are_rebuilt_without_an_error(policy):
+    keras.config.set_dtype_policy(policy)
+    x = keras.Input((4, 4, 4))
+    model = keras.Model(x, RevSequence(blocks(1000), fraction_bits=14)(x))
+    model.compile(run_eagerly=True)
+    errors = numerics.reconstruction_error(model, images(4, 4, 4, 4))
+    assert list(errors.values()) == [(0.0, 0.0)] * 1000
