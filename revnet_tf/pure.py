@@ -8,7 +8,6 @@ refused rather than silently done twice or not differentiated.
 
 import contextlib
 import inspect
-import json
 import re
 
 import keras
@@ -37,7 +36,7 @@ class Variables:
         self.weights = []
         self.state = []
         self._share_traces = share_traces
-        self._traced = {}
+        self._traced = []
 
     def branch(self, owner, call, arguments=None):
         """Returns a function that uses the variables of a layer as a pure branch.
@@ -79,7 +78,13 @@ class Variables:
     def _traced_like(self, owner):
         """Returns what branches of the structure of `owner` have in common."""
         found = structure(owner) if self._share_traces else None
-        return None if found is None else self._traced.setdefault(found, {})
+        if found is None:
+            return None
+        for known, traced in self._traced:
+            if known == found:
+                return traced
+        self._traced.append((found, {}))
+        return self._traced[-1][1]
 
     def values(self):
         """Returns the present values of the weights and of the state, as tensors."""
@@ -109,9 +114,16 @@ def repeatable_operations():
     yield
     added = [op for op in graph.get_operations()[first:] if op.name.startswith(scope)]
     kinds = {op.type for op in added}
-    if kinds & {"PartitionedCall", "StatefulPartitionedCall", "If", "While"}:
+    called = {name for op in added for name in _functions(op.node_def)}
+    if called:
         library = graph.as_graph_def().library.function
-        kinds.update(node.op for function in library for node in function.node_def)
+        nodes = {f.signature.name: f.node_def for f in library}
+        ahead = list(called)
+        while ahead:
+            for node in nodes.get(ahead.pop(), ()):
+                kinds.add(node.op)
+                ahead += {*_functions(node)} - called
+                called.update(_functions(node))
     if found := sorted(kind for kind in kinds if _STATEFUL.match(kind)):
         raise ValueError(
             f"A branch uses {', '.join(found)}, which the recomputation would do a "
@@ -120,6 +132,12 @@ def repeatable_operations():
             "state in the layer's own variables (`add_weight`), or set "
             "`recompute=False` on the block."
         )
+
+
+def _functions(node):
+    """Yields the names of the functions that an operation of a graph calls."""
+    for value in node.attr.values():
+        yield from (f.name for f in (value.func, *value.list.func) if f.name)
 
 
 def trace(steps, variables, x1, x2):
@@ -139,30 +157,78 @@ def trace(steps, variables, x1, x2):
 
 
 def structure(layer):
-    """Returns a text that is the same for layers that differ in names and values only.
+    """Returns what is equal for layers that differ in names and in values only.
 
-    `None` where that is not known: for layers that are not Keras's own or hold such.
+    `None` where that cannot be told: for all but `keras.Sequential` of the layers in
+    `_READ_BY_CALL`. (Equal configurations do not make equal layers: they leave out
+    attributes, as what `Normalization.adapt` has found, and know functions by name.)
     """
+    known = {}
 
-    owners = set()
+    def described(layer):
+        if id(layer) in known:  # in two places: one weight has two parts
+            return known[id(layer)]
+        known[id(layer)] = len(known)
+        if (
+            layer.activity_regularizer is not None
+            or type(layer.dtype_policy) is not keras.DTypePolicy
+            or any(
+                callable(getattr(type(layer), name, None))
+                for name in vars(layer).keys() - _OVERRIDDEN
+            )
+        ):
+            raise _Unknown
+        if type(layer) is keras.Sequential:
+            of_type = [described(inner) for inner in layer.layers]
+        elif type(layer) in _READ_BY_CALL:
+            of_type = [getattr(layer, k, None) for k in _READ_BY_CALL[type(layer)]]
+            of_type += [(v.shape, v.dtype, v.trainable) for v in layer.variables]
+            of_type.append(getattr(layer, "bias", None) is None)
+        else:
+            raise _Unknown
+        policy = layer.dtype_policy.name, layer.autocast, layer.trainable
+        return type(layer), policy, of_type
 
-    def anonymous(config):
-        if isinstance(config, (list, tuple)):
-            return [anonymous(value) for value in config]
-        if not isinstance(config, dict):
-            return config
-        if "class_name" in config:
-            package = str(config.get("module")).split(".")[0]
-            owners.add(config.get("registered_name") or package)
-        return {k: anonymous(v) for k, v in config.items() if k != "name"}
-
-    variables = [(tuple(v.shape), v.dtype, v.trainable) for v in layer.variables]
     try:
-        config = anonymous(keras.saving.serialize_keras_object(layer))
-        text = json.dumps([config, variables], sort_keys=True)
-    except Exception:  # of a layer whose `get_config` says nothing, or too much
+        return described(layer)
+    except _Unknown:
         return None
-    return text if owners == {"keras"} else None
+
+
+class _Unknown(Exception):
+    pass
+
+
+# The layers of the paper's branches, and the attributes on which their calls depend.
+_READ_BY_CALL = {
+    keras.layers.BatchNormalization: (
+        "axis",
+        "momentum",
+        "epsilon",
+        "center",
+        "scale",
+        "synchronized",
+        "renorm",
+        "renorm_clipping",
+        "renorm_momentum",
+    ),
+    keras.layers.Conv2D: (
+        "filters",
+        "kernel_size",
+        "strides",
+        "padding",
+        "data_format",
+        "dilation_rate",
+        "groups",
+        "activation",
+        "use_bias",
+        "lora_rank",
+        "lora_alpha",
+    ),
+    keras.layers.ReLU: ("max_value", "negative_slope", "threshold"),
+}
+# Methods that Keras itself overrides in its layers and models.
+_OVERRIDDEN = {"build", "quantize", "loss"}
 
 
 def accepts(layer, name):
