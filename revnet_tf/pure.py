@@ -122,8 +122,9 @@ def repeatable_operations():
         while ahead:
             for node in nodes.get(ahead.pop(), ()):
                 kinds.add(node.op)
-                ahead += {*_functions(node)} - called
-                called.update(_functions(node))
+                new = {*_functions(node)} - called
+                ahead += new
+                called |= new
     if found := sorted(kind for kind in kinds if _STATEFUL.match(kind)):
         raise ValueError(
             f"A branch uses {', '.join(found)}, which the recomputation would do a "
