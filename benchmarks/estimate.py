@@ -12,11 +12,10 @@ the input of the first stage if a block that cannot be reversed begins it.
 """
 
 import argparse
-import csv
 import json
 
 from benchmarks import processes
-from benchmarks.provenance import FOLDER, provenance
+from benchmarks.provenance import table
 
 PAPER = ("RevNet38", "RevNet110", "RevNet164", "ResNet32", "ResNet110", "ResNet164")
 # Network, batch size and mode of each row.
@@ -100,23 +99,17 @@ def main():
     if args.one:
         network, batch_size, mode = args.one
         return measure_this_process(network, int(batch_size), mode)
-    common = provenance()
-    with open(FOLDER / "estimate.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        columns = ["network", "batch_size", "mode", "estimated_activation_bytes"]
-        columns += ["measured_activation_bytes", "least_activation_bytes"]
-        columns += ["estimated_peak_bytes", "measured_peak_bytes", "ratio"]
-        writer.writerow([*common, *columns])
+    columns = ["network", "batch_size", "mode", "estimated_activation_bytes"]
+    columns += ["measured_activation_bytes", "least_activation_bytes"]
+    columns += ["estimated_peak_bytes", "measured_peak_bytes", "ratio"]
+    with table("estimate.csv", columns) as add:
         for network, batch_size, mode in ROWS:
             estimated, measured = processes.run("estimate", network, batch_size, mode)
             row = [network, batch_size, mode, estimated["activation_bytes"]]
             row += [measured["activation_bytes"]]
             row += [least_bytes(network, batch_size) if "RevNet" in network else ""]
             row += [estimated["peak_bytes"], measured["peak_bytes"]]
-            row += [f"{estimated['peak_bytes'] / measured['peak_bytes']:.3f}"]
-            writer.writerow([*common.values(), *row])
-            file.flush()
-            print(*row, flush=True)
+            add(*row, f"{estimated['peak_bytes'] / measured['peak_bytes']:.3f}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ the ratio is that of the medians.
 """
 
 import argparse
-import csv
+import itertools
 import json
 import statistics
 import time
 
 from benchmarks import processes
-from benchmarks.provenance import FOLDER, provenance
+from benchmarks.provenance import table
 
 NETWORKS, BATCH_SIZE, ROUNDS = ("RevNet38", "RevNet164"), 4, 3
 
@@ -47,26 +47,19 @@ def main():
     if args.one:
         network, mode, recompute = args.one
         return measure_this_process(network, mode, recompute == "True")
-    common = provenance()
-    with open(FOLDER / "first_step.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        columns = ["network", "mode", "rounds", "cpu_seconds", "ordinary_cpu_seconds"]
-        writer.writerow([*common, *columns, "ratio"])
-        for network in NETWORKS:
-            for mode in ("graph", "xla"):
-                pairs = [
-                    [
-                        processes.run("first_step", network, mode, recompute)
-                        for recompute in (True, False)
-                    ]
-                    for _ in range(ROUNDS)
+    columns = ["network", "mode", "rounds", "cpu_seconds", "ordinary_cpu_seconds"]
+    with table("first_step.csv", [*columns, "ratio"]) as add:
+        for network, mode in itertools.product(NETWORKS, ("graph", "xla")):
+            pairs = [
+                [
+                    processes.run("first_step", network, mode, recompute)
+                    for recompute in (True, False)
                 ]
-                rebuilt, ordinary = map(statistics.median, zip(*pairs, strict=True))
-                figures = [rebuilt, ordinary, rebuilt / ordinary]
-                row = [network, mode, ROUNDS, *(f"{f:.4g}" for f in figures)]
-                writer.writerow([*common.values(), *row])
-                file.flush()
-                print(*row, flush=True)
+                for _ in range(ROUNDS)
+            ]
+            rebuilt, ordinary = map(statistics.median, zip(*pairs, strict=True))
+            figures = [rebuilt, ordinary, rebuilt / ordinary]
+            add(network, mode, ROUNDS, *(f"{f:.4g}" for f in figures))
 
 
 if __name__ == "__main__":

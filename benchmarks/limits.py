@@ -9,12 +9,12 @@ one in a fresh process.
 """
 
 import argparse
-import csv
 import functools
+import itertools
 import json
 
 from benchmarks import processes
-from benchmarks.provenance import FOLDER, provenance
+from benchmarks.provenance import table
 
 BUDGET_BYTES = 2**28
 NETWORKS = ("ordinary", "remat", "sequence")
@@ -68,24 +68,17 @@ def main():
     if args.one:
         network, num_blocks, batch_size = args.one
         return measure_this_process(network, int(num_blocks), int(batch_size))
-    common = provenance()
-    with open(FOLDER / "limits.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        columns = ["budget_bytes", "network", "largest", "num_blocks", "batch_size"]
-        writer.writerow([*common, *columns, "measured_peak_bytes"])
-        for network in NETWORKS:
-            for what in ("batch_size", "num_blocks"):
-                sizes = {"num_blocks": NUM_BLOCKS, "batch_size": BATCH_SIZE}
+    columns = ["budget_bytes", "network", "largest", "num_blocks", "batch_size"]
+    with table("limits.csv", [*columns, "measured_peak_bytes"]) as add:
+        for network, what in itertools.product(NETWORKS, ("batch_size", "num_blocks")):
+            sizes = {"num_blocks": NUM_BLOCKS, "batch_size": BATCH_SIZE}
 
-                def peak(size, network=network, what=what, sizes=sizes):
-                    return peak_bytes(network, **{**sizes, what: size})
+            def peak(size, network=network, what=what, sizes=sizes):
+                return peak_bytes(network, **{**sizes, what: size})
 
-                sizes[what] = largest(peak)
-                row = [BUDGET_BYTES, network, what, *sizes.values()]
-                row.append(processes.run("limits", network, *sizes.values()))
-                writer.writerow([*common.values(), *row])
-                file.flush()
-                print(*row, flush=True)
+            sizes = {**sizes, what: largest(peak)}
+            measured = processes.run("limits", network, *sizes.values())
+            add(BUDGET_BYTES, network, what, *sizes.values(), measured)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Where and with what a measurement was made: the first columns of every CSV file."""
 
+import contextlib
+import csv
 import datetime
 import os
 import pathlib
@@ -25,6 +27,22 @@ def provenance():
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
     }
+
+
+@contextlib.contextmanager
+def table(name, columns):
+    """Begins a CSV file; returns a function that adds a row to it, and prints it."""
+    common = provenance()
+    with open(FOLDER / name, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*common, *columns])
+
+        def add(*row):
+            writer.writerow([*common.values(), *row])
+            file.flush()
+            print(*row, flush=True)
+
+        yield add
 
 
 def device():
