@@ -13,12 +13,13 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import coupling
+from revnet_tf.normalization import BatchNormalization
 from revnet_tf.streams import TwoStreamLayer
 
 
 def batch_norm(**kwargs):
     """Returns a `BatchNormalization` with the constants of the authors' code."""
-    return keras.layers.BatchNormalization(momentum=0.99, epsilon=1e-3, **kwargs)
+    return BatchNormalization(momentum=0.99, epsilon=1e-3, **kwargs)
 
 
 class Parts(NamedTuple):

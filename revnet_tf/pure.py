@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import coupling
+from revnet_tf.normalization import BatchNormalization
 
 # Operations that give another result, or change more, when they are done again.
 _STATEFUL = re.compile(
@@ -201,18 +202,20 @@ class _Unknown(Exception):
 
 
 # The layers of the paper's branches, and the attributes on which their calls depend.
+_BATCH_NORMALIZATION = (
+    "axis",
+    "momentum",
+    "epsilon",
+    "center",
+    "scale",
+    "synchronized",
+    "renorm",
+    "renorm_clipping",
+    "renorm_momentum",
+)
 _READ_BY_CALL = {
-    keras.layers.BatchNormalization: (
-        "axis",
-        "momentum",
-        "epsilon",
-        "center",
-        "scale",
-        "synchronized",
-        "renorm",
-        "renorm_clipping",
-        "renorm_momentum",
-    ),
+    BatchNormalization: _BATCH_NORMALIZATION,
+    keras.layers.BatchNormalization: _BATCH_NORMALIZATION,
     keras.layers.Conv2D: (
         "filters",
         "kernel_size",

@@ -1,0 +1,64 @@
+"""Batch normalization whose gradient needs little memory."""
+
+import keras
+import tensorflow as tf
+
+# Of the inputs that TensorFlow's fused operation takes.
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Keras's layer, with TensorFlow's fused operation for batches of images.
+
+    It computes the same. The gradient of the operations that Keras puts it together
+    from holds five tensors of the size of the input at a time; that of the fused one,
+    for which it is a single operation, its two inputs and its output. Where the fused
+    operation does not fit (synchronized replicas, renormalization, a mask, float64, an
+    axis other than the last of four), the layer does what Keras's does.
+
+    Args:
+        **kwargs: of `keras.layers.BatchNormalization`.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        if not (training and self.trainable) or not self._is_fusible(inputs, mask):
+            return super().call(inputs, training=training, mask=mask)
+        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=inputs,
+            scale=self._float32(self.gamma, 1.0),
+            offset=self._float32(self.beta, 0.0),
+            mean=[],
+            variance=[],
+            epsilon=self.epsilon,
+            is_training=True,
+        )
+        # The operation divides by `count - 1`, and moving statistics are of what was
+        # normalized with. (Of one number the variance may be 0 / 0.)
+        count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:-1]), "float32")
+        variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
+        for moving, new in (
+            (self.moving_mean, mean),
+            (self.moving_variance, variance),
+        ):
+            old = tf.cast(moving, "float32")
+            moving.assign(old * self.momentum + new * (1.0 - self.momentum))
+        # Without this, TensorFlow's graph optimizer joins the operation with a ReLU
+        # after it: that keeps a mask, too, whose odd size has the allocator waste more.
+        y = tf.ensure_shape(y, inputs.shape)
+        return tf.cast(y, self.compute_dtype)
+
+    def _is_fusible(self, inputs, mask):
+        return (
+            len(inputs.shape) == 4
+            and self.axis in (-1, 3)
+            and inputs.dtype in _DTYPES
+            and mask is None
+            and not self.synchronized
+            and not self.renorm
+        )
+
+    def _float32(self, weight, default):
+        if weight is None:
+            return tf.fill(self.moving_mean.shape, default)
+        return tf.cast(weight, "float32")
