@@ -122,24 +122,12 @@ class PoolingShortcut(keras.layers.Layer):
         return {**super().get_config(), **config}
 
 
-class _IrreversibleLayer(TwoStreamLayer):
-    """A layer that keeps its input in training, and computes the rest anew."""
-
-    keeps_inputs = True
-
-    def step(self, variables, arguments):
-        def call(x1, x2, **extra):
-            return self.forward(x1, x2, arguments._replace(extra=extra))
-
-        return coupling.Checkpoint(variables.branch(self, call, arguments.extra))
-
-
 @keras.saving.register_keras_serializable("revnet_tf")
-class DownsamplingBlock(_IrreversibleLayer):
+class DownsamplingBlock(TwoStreamLayer):
     """First block of a stage: `y1 = s1(x1) + f(x2)`, `y2 = s2(x2) + g(y1)`.
 
     It changes size or width and so cannot be reversed. In training it keeps its input,
-    which the stage before has to keep anyway, and computes everything else anew.
+    which the stage before has to keep anyway, and computes its branches anew.
 
     Args:
         f, g: branches; `f` is the strided one.
@@ -152,6 +140,7 @@ class DownsamplingBlock(_IrreversibleLayer):
     """
 
     LAYERS = ("f", "g", "shortcut1", "shortcut2")
+    keeps_inputs = True
 
     def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
         super().__init__(**kwargs)
@@ -173,12 +162,19 @@ class DownsamplingBlock(_IrreversibleLayer):
             )
 
     def forward(self, x1, x2, arguments):
-        dtype = x1.dtype
-        fx = self.f(x2, training=arguments.training, **arguments.of(self.f, 1))
-        y1 = coupling.add(tf.cast(self.shortcut1(x1), dtype), tf.cast(fx, dtype))
-        gy = self.g(y1, training=arguments.training, **arguments.of(self.g, 0))
-        y2 = coupling.add(tf.cast(self.shortcut2(x2), dtype), tf.cast(gy, dtype))
-        return y1, y2
+        # (The identities: as in `RevBlock`.)
+        s1 = arguments.call(self.shortcut1, 0, x1)
+        y1 = coupling.add(s1, arguments.call(self.f, 1, tf.identity(x2)))
+        s2 = arguments.call(self.shortcut2, 1, x2)
+        return y1, coupling.add(s2, arguments.call(self.g, 0, tf.identity(y1)))
+
+    def step(self, variables, arguments):
+        return coupling.Transition(
+            f=self.branch(self.f, 1, arguments, variables),
+            g=self.branch(self.g, 0, arguments, variables),
+            shortcut1=self.branch(self.shortcut1, 0, arguments, variables),
+            shortcut2=self.branch(self.shortcut2, 1, arguments, variables),
+        )
 
     def compute_output_shape(self, input_shape):
         shape1, shape2 = self.stream_shapes(input_shape)
@@ -188,7 +184,7 @@ class DownsamplingBlock(_IrreversibleLayer):
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
-class Stem(_IrreversibleLayer):
+class Stem(TwoStreamLayer):
     """What comes before the first stage: makes two streams of an image.
 
     In training it keeps the image, and computes everything else anew.
@@ -199,13 +195,11 @@ class Stem(_IrreversibleLayer):
     """
 
     LAYERS = ("layer",)
+    keeps_inputs = True
 
     def __init__(self, layer, **kwargs):
         super().__init__(**kwargs)
         self.layer = layer
-
-    def branches(self):
-        return [self.layer]
 
     def build(self, input_shape):
         self.stream_shapes(self.shape_after(self.layer, input_shape))
@@ -216,6 +210,12 @@ class Stem(_IrreversibleLayer):
     def forward(self, x1, x2, arguments):
         y = self.layer(x1, training=arguments.training, **arguments.of(self.layer, 0))
         return tf.split(tf.cast(y, x1.dtype), 2, self.axis)
+
+    def step(self, variables, arguments):
+        def call(x1, x2, **extra):
+            return self.forward(x1, x2, arguments._replace(extra=extra))
+
+        return coupling.Checkpoint(variables.branch(self, [call], arguments.extra))
 
     def compute_output_shape(self, input_shape):
         return self.shape_after(self.layer, input_shape)

@@ -36,15 +36,16 @@ from revnet_tf import fixed_point
 
 
 class Branch(NamedTuple):
-    """A function without side effects, and where its parameters stand in the run's.
+    """Functions without side effects, and where their parameters stand in the run's.
 
     Attributes:
-        function: `function(weights, state, *inputs)` returns
-            `(outputs, new_state, losses, read)`: three sequences of tensors, `outputs`
-            in the dtype of the streams and `losses` scalars, and for each weight
-            whether the function has read it.
-        weights: positions of its trainable tensors among the run's `weights`.
-        state: positions of its other tensors (moving statistics, seeds, counters)
+        functions: what is applied one after the other, and differentiated one by one.
+            `function(weights, state, *inputs)` returns
+            `(outputs, new_state, losses, read)`: three sequences of tensors, the last
+            `outputs` in the dtype of the streams and `losses` scalars, and for each
+            weight whether the function has read it.
+        weights: positions of their trainable tensors among the run's `weights`.
+        state: positions of their other tensors (moving statistics, seeds, counters)
             among the run's `state`.
         name: for error messages.
         traced: in a graph, a dict that all branches have in common that compute the
@@ -52,32 +53,37 @@ class Branch(NamedTuple):
             for a branch that is traced by itself.
     """
 
-    function: Callable
+    functions: Sequence[Callable]
     weights: Sequence[int]
     state: Sequence[int]
     name: str = "branch"
     traced: dict | None = None
 
     def __call__(self, weights, state, *inputs):
-        """Returns the outputs, the run's state after the call, the losses, `read`."""
+        """Evaluates the functions.
+
+        Returns:
+            The outputs, the run's state after the call, the losses, and an `Evaluation`
+            with which `Gradients` evaluates them once more.
+        """
         own = [weights[i] for i in self.weights], [state[i] for i in self.state]
         outputs, changed, losses, read = self.call(_evaluate, *own, inputs)
-        state = list(state)
+        after = list(state)
         for i, value in zip(self.state, changed, strict=True):
             if value is not None:
-                state[i] = value
-        return outputs, state, losses, read
+                after[i] = value
+        return outputs, after, losses, Evaluation(self, own[1], read, len(losses))
 
     def call(self, what, *arguments):
-        """Returns `what(self.function, *arguments)`: tensors, and a list, `read`."""
+        """Returns `what(self.functions, *arguments)`: tensors, and a list, `read`."""
         if self.traced is None:
-            return what(self.function, *arguments)
+            return what(self.functions, *arguments)
         if what not in self.traced:
             read = []
 
             @tf.function(autograph=False)
             def function(*arguments):
-                *tensors, read[:] = what(self.function, *arguments)
+                *tensors, read[:] = what(self.functions, *arguments)
                 return tensors
 
             self.traced[what] = function, read
@@ -85,26 +91,91 @@ class Branch(NamedTuple):
         return *function(*arguments), list(read)
 
 
-def _evaluate(function, weights, state, inputs):
+class Evaluation(NamedTuple):
+    """What the gradient of a branch has to know of its first evaluation.
+
+    Attributes:
+        branch: the `Branch`.
+        state: its state before.
+        read: for each weight whether it was read.
+        num_losses: how many losses there were.
+    """
+
+    branch: Branch
+    state: Sequence
+    read: Sequence[bool]
+    num_losses: int
+
+
+def _evaluate(functions, weights, state, outputs):
     """Returns outputs, the new state or `None` where it is the old, losses, `read`."""
-    outputs, new_state, losses, read = function(weights, state, *inputs)
+    new_state, losses, read = state, [], [False] * len(weights)
+    for function in functions:
+        outputs, new_state, more, has_read = function(weights, new_state, *outputs)
+        losses += more
+        read = [a or b for a, b in zip(read, has_read, strict=True)]
     changed = [
         None if new is old else new for old, new in zip(state, new_state, strict=True)
     ]
     return outputs, changed, losses, read
 
 
-def _differentiate(function, weights, state, inputs, d_outputs, d_losses):
-    """Returns outputs, the gradients for inputs and weights, `read`."""
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch([*inputs, *weights])
-        outputs, _, losses, read = function(weights, state, *inputs)
-    gradients = tape.gradient(
-        [*outputs, *losses],
-        [*inputs, *weights],
-        output_gradients=[*d_outputs, *d_losses],
-    )
-    return outputs, gradients, read
+class _Differentiate(NamedTuple):
+    """Differentiates functions whose outputs were added to streams, and undoes that.
+
+    With `fraction_bits` these streams are fixed-point numbers.
+    """
+
+    fraction_bits: int | None
+
+    def __call__(self, functions, weights, state, inputs, sums, d_outputs, d_losses):
+        """Returns the sums less the outputs, the gradients, `read`.
+
+        The gradients are those for the inputs and those for the weights: two lists.
+
+        `sums` may be empty: of outputs that were not added to anything.
+        """
+        tapes, outputs, read = [], inputs, [False] * len(weights)
+        for function in functions:
+            inputs = outputs
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([*inputs, *weights])
+                outputs, state, losses, has_read = function(weights, state, *inputs)
+            tapes.append((tape, inputs, outputs, losses))
+            read = [a or b for a, b in zip(read, has_read, strict=True)]
+        rebuilt = [
+            subtract(y, change, self.fraction_bits)
+            for y, change in zip(sums, outputs, strict=False)
+        ]
+        # What is not needed any more is let go first: what follows needs its memory.
+        done, d_losses = rebuilt, list(d_losses)
+        d_weights = [None] * len(weights)
+        while tapes:
+            tape, inputs, outputs, losses = tapes.pop()
+            with tf.control_dependencies(done):
+                d_outputs = [tf.identity(d) for d in d_outputs]
+            first = len(d_losses) - len(losses)
+            found = tape.gradient(
+                [*outputs, *losses],
+                [*inputs, *weights],
+                output_gradients=[*d_outputs, *d_losses[first:]],
+            )
+            del d_losses[first:]
+            d_outputs = [
+                tf.zeros_like(x) if d is None else tf.convert_to_tensor(d)
+                for x, d in zip(inputs, found, strict=False)
+            ]
+            found = found[len(inputs) :]
+            done = [d for d in found if d is not None]
+            d_weights = [_sum(a, b) for a, b in zip(d_weights, found, strict=True)]
+        return rebuilt, d_outputs, d_weights, read
+
+
+def _sum(a, b):
+    """Returns the sum of two gradients; `None` stands for none."""
+    if a is None or b is None:
+        return b if a is None else a
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
 
 
 class Coupling(NamedTuple):
@@ -120,27 +191,55 @@ class Coupling(NamedTuple):
     anchor: bool = False
 
     def forward(self, x1, x2, weights, state):
-        (fx,), after_f, f_losses, f_read = self.f(weights, state, x2)
+        (fx,), state, f_losses, f = self.f(weights, state, x2)
         y1 = add(x1, fx, self.fraction_bits)
-        (gy,), after_g, g_losses, g_read = self.g(weights, after_f, y1)
+        (gy,), state, g_losses, g = self.g(weights, state, y1)
         y2 = add(x2, gy, self.fraction_bits)
         inputs = (x1, x2) if self.anchor else None
-        kept = (state, f_read), (after_f, g_read), len(f_losses), inputs
-        return y1, y2, after_g, [*f_losses, *g_losses], kept
+        return y1, y2, state, [*f_losses, *g_losses], (f, g, inputs)
 
-    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, gradients):
-        before_f, before_g, count, inputs = kept
+    def backward(self, y1, y2, d1, d2, kept, gradients):
+        f, g, inputs = kept
         # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
-        (gy,), (dy1,) = _vjp(
-            self.g, weights, before_g, [y1], [d2], d_losses[count:], [d1], gradients
-        )
-        x2 = inputs[1] if inputs else subtract(y2, gy, self.fraction_bits)
+        (dy1,), x2 = gradients.through(g, [y1], [d2], [d1], y2, self.fraction_bits)
+        x2 = inputs[1] if inputs else x2
         d1 = d1 + dy1
-        (fx,), (dx2,) = _vjp(
-            self.f, weights, before_f, [x2], [d1], d_losses[:count], [d2], gradients
-        )
-        x1 = inputs[0] if inputs else subtract(y1, fx, self.fraction_bits)
+        (dx2,), x1 = gradients.through(f, [x2], [d1], [d2], y1, self.fraction_bits)
+        x1 = inputs[0] if inputs else x1
         return x1, x2, d1, d2 + dx2
+
+
+class Transition(NamedTuple):
+    """A block whose shortcuts change its streams: it keeps its inputs.
+
+        forward    y1 = shortcut1(x1) + f(x2)        y2 = shortcut2(x2) + g(y1)
+
+    Its gradient takes `y1` from the block that follows, and everything else anew.
+    """
+
+    f: Branch
+    g: Branch
+    shortcut1: Branch
+    shortcut2: Branch
+
+    def forward(self, x1, x2, weights, state):
+        (s1,), state, s1_losses, shortcut1 = self.shortcut1(weights, state, x1)
+        (fx,), state, f_losses, f = self.f(weights, state, x2)
+        y1 = add(s1, fx)
+        (s2,), state, s2_losses, shortcut2 = self.shortcut2(weights, state, x2)
+        (gy,), state, g_losses, g = self.g(weights, state, y1)
+        y2 = add(s2, gy)
+        losses = [*s1_losses, *f_losses, *s2_losses, *g_losses]
+        return y1, y2, state, losses, (x1, x2, shortcut1, f, shortcut2, g)
+
+    def backward(self, y1, y2, d1, d2, kept, gradients):
+        x1, x2, shortcut1, f, shortcut2, g = kept
+        (dy1,), _ = gradients.through(g, [y1], [d2], [d1])
+        d1 = d1 + dy1
+        (dx2,), _ = gradients.through(shortcut2, [x2], [d2], [d1])
+        (d_f,), _ = gradients.through(f, [x2], [d1], [dx2])
+        (dx1,), _ = gradients.through(shortcut1, [x1], [d1], [d_f])
+        return x1, x2, dx1, dx2 + d_f
 
 
 class Checkpoint(NamedTuple):
@@ -149,14 +248,12 @@ class Checkpoint(NamedTuple):
     block: Branch
 
     def forward(self, x1, x2, weights, state):
-        (y1, y2), after, losses, read = self.block(weights, state, x1, x2)
-        return y1, y2, after, losses, (x1, x2, (state, read))
+        (y1, y2), state, losses, block = self.block(weights, state, x1, x2)
+        return y1, y2, state, losses, (x1, x2, block)
 
-    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, gradients):
-        x1, x2, before = kept
-        _, (d1, d2) = _vjp(
-            self.block, weights, before, [x1, x2], [d1, d2], d_losses, [], gradients
-        )
+    def backward(self, y1, y2, d1, d2, kept, gradients):
+        x1, x2, block = kept
+        (d1, d2), _ = gradients.through(block, [x1, x2], [d1, d2])
         return x1, x2, d1, d2
 
 
@@ -166,38 +263,85 @@ class Watched(NamedTuple):
     It keeps its inputs for that, and goes on with what it has rebuilt.
     """
 
-    step: Coupling | Checkpoint
+    step: Coupling | Transition | Checkpoint
     tell: Callable
 
     def forward(self, x1, x2, weights, state):
         *results, kept = self.step.forward(x1, x2, weights, state)
         return *results, (kept, x1, x2)
 
-    def backward(self, y1, y2, d1, d2, d_losses, weights, kept, gradients):
+    def backward(self, y1, y2, d1, d2, kept, gradients):
         kept, *inputs = kept
-        *rebuilt, d1, d2 = self.step.backward(
-            y1, y2, d1, d2, d_losses, weights, kept, gradients
-        )
+        *rebuilt, d1, d2 = self.step.backward(y1, y2, d1, d2, kept, gradients)
         self.tell(inputs, rebuilt)
         return *rebuilt, d1, d2
 
 
 class Gradients:
-    """The gradients for a run's weights, added up.
+    """The backward pass of a run: goes through its branches from the last to the first.
+
+    Args:
+        weights: the run's.
+        d_losses: the gradients for the losses of all branches, in forward order.
+        last: gradients for weights that were computed last; what is computed next
+            waits for them.
 
     Attributes:
-        of_weights: list with `None` for a weight that has none yet.
-        last: those that were computed last; what is computed next waits for them.
+        of_weights: those found so far, added up; `None` for a weight without.
+        last: as above.
     """
 
-    def __init__(self, num_weights, last):
-        self.of_weights = [None] * num_weights
+    def __init__(self, weights, d_losses, last):
+        self.of_weights = [None] * len(weights)
         self.last = last
+        self._weights = weights
+        self._d_losses = list(d_losses)
 
-    def add(self, positions, gradients):
-        for i, d in zip(positions, gradients, strict=True):
-            known = self.of_weights[i]
-            self.of_weights[i] = d if known is None else known + d
+    def through(
+        self, evaluation, inputs, d_outputs, after=(), total=None, fraction_bits=None
+    ):
+        """Evaluates a branch once more and differentiates it.
+
+        Args:
+            evaluation: its first `Evaluation`; all later ones have been gone through.
+            inputs, d_outputs: lists of tensors.
+            after: tensors that this waits for, beside `d_outputs`.
+            total: the stream that the output was added to, after that.
+            fraction_bits: of this stream.
+
+        Returns:
+            The gradients for the inputs, and `total` less the output, or `None`.
+        """
+        branch, state, first_read, num_losses = evaluation
+        first = len(self._d_losses) - num_losses
+        d_losses, self._d_losses = self._d_losses[first:], self._d_losses[:first]
+        own = [self._weights[i] for i in branch.weights]
+        inputs, own = _wait([*after, *d_outputs, *self.last], inputs, own)
+        totals = [] if total is None else [total]
+        rebuilt, d_inputs, d_weights, read = branch.call(
+            _Differentiate(fraction_bits),
+            own,
+            state,
+            inputs,
+            totals,
+            d_outputs,
+            d_losses,
+        )
+        _check_gradients(branch, first_read, read, d_weights)
+        # Zeros for a weight that has no part in this call: a replica where it has none
+        # must agree with one where it has. A lookup's gradient is sparse.
+        # (Those for the inputs need not be waited for: what follows is made of them.)
+        self.last = [
+            tf.zeros_like(w) if d is None else tf.convert_to_tensor(d)
+            for w, d in zip(own, d_weights, strict=True)
+        ]
+        for i, d in zip(branch.weights, self.last, strict=True):
+            self.of_weights[i] = _sum(self.of_weights[i], d)
+        # The gradients for the weights hold the branch's activations until they are
+        # there: who uses those for the inputs waits for them, too.
+        with tf.control_dependencies(self.last):
+            d_inputs = [tf.identity(d) for d in d_inputs]
+        return d_inputs, rebuilt[0] if rebuilt else None
 
 
 class Handoff:
@@ -242,7 +386,7 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
     """Applies blocks in order and keeps only their last outputs for the gradient.
 
     Args:
-        steps: list of `Coupling`, `Checkpoint` and `Watched`.
+        steps: list of `Coupling`, `Transition`, `Checkpoint` and `Watched`.
         x1, x2: the two streams, floating-point tensors of one dtype.
         weights: the tensors to which the branches have gradients. Each branch names
             its own by position, so several can share one.
@@ -272,7 +416,7 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
                 h1, h2, current, step_losses, step_kept = step.forward(
                     h1, h2, weights, current
                 )
-                kept.append((len(step_losses), step_kept))
+                kept.append(step_kept)
                 losses += step_losses
         _refuse_foreign_variables(tape.watched_variables())
         last_state = current
@@ -281,16 +425,9 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
             if order is None:  # `forward` has not returned: a forward-mode derivative
                 _refuse_higher_order()
             y1, y2, last = handoff.take(h1, h2)
-            gradients = Gradients(len(weights), last)
-            d_losses = list(d_losses)
-            for step, (count, step_kept) in zip(
-                reversed(steps), reversed(kept), strict=True
-            ):
-                first = len(d_losses) - count
-                d_step, d_losses = d_losses[first:], d_losses[:first]
-                y1, y2, d1, d2 = step.backward(
-                    y1, y2, d1, d2, d_step, weights, step_kept, gradients
-                )
+            gradients = Gradients(weights, d_losses, last)
+            for step, step_kept in zip(reversed(steps), reversed(kept), strict=True):
+                y1, y2, d1, d2 = step.backward(y1, y2, d1, d2, step_kept, gradients)
             if received is not None:
                 received.fill(y1, y2, gradients.last)
             return _custom_gradient(
@@ -362,25 +499,8 @@ def _custom_gradient(function, *arguments):
     return outputs
 
 
-def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, gradients):
-    """Evaluates a branch once more and differentiates it.
-
-    `before` is the state before the first evaluation, and what that has read. The
-    evaluation waits for `after`, `d_outputs` and the last gradients. Gradients for the
-    weights are added to `gradients`; the outputs and the gradients for the inputs are
-    returned.
-    """
-    state, first_read = before
-    own = [weights[i] for i in branch.weights]
-    inputs, own = _wait([*after, *d_outputs, *gradients.last], inputs, own)
-    outputs, found, read = branch.call(
-        _differentiate,
-        own,
-        [state[i] for i in branch.state],
-        inputs,
-        d_outputs,
-        d_losses,
-    )
+def _check_gradients(branch, first_read, read, gradients):
+    """Refuses a branch that does not read its weights in such a way as to get these."""
     if read != first_read:
         raise ValueError(
             f"{branch.name} reads its weights when it is called first, and not when it "
@@ -390,7 +510,7 @@ def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, gradients)
         )
     if any(
         was_read and gradient is None
-        for was_read, gradient in zip(read, found[len(inputs) :], strict=True)
+        for was_read, gradient in zip(read, gradients, strict=True)
     ):
         raise ValueError(
             f"{branch.name} reads a trainable weight, but no gradient reaches it. A "
@@ -398,17 +518,6 @@ def _vjp(branch, weights, before, inputs, d_outputs, d_losses, after, gradients)
             "as variables, and these are tensors here: remove it (the block "
             "recomputes already), or set `recompute=False` on the block."
         )
-    # Zeros for a weight that has no part in this call: a replica where it has none
-    # must agree with one where it has. A lookup's gradient is sparse.
-    gradients.last = [
-        tf.zeros_like(x) if d is None else tf.convert_to_tensor(d)
-        for x, d in zip([*inputs, *own], found, strict=True)
-    ]
-    gradients.add(branch.weights, gradients.last[len(inputs) :])
-    # The gradients for the weights hold the branch's activations until they are there:
-    # who uses those for the inputs waits for them, too.
-    with tf.control_dependencies(gradients.last):
-        return outputs, [tf.identity(d) for d in gradients.last[: len(inputs)]]
 
 
 def _wait(done, inputs, weights):

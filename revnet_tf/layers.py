@@ -154,25 +154,15 @@ class RevBlock(_ReversibleLayer):
         # A branch that uses its input several times has as many gradients for it. They
         # are added up before that of the other stream is, as the recomputation does it,
         # so that both get the same bits.
-        x = tf.identity(x2)
-        fx = self.f(x, training=arguments.training, **arguments.of(self.f, 1))
-        y1 = coupling.add(x1, tf.cast(fx, x1.dtype), self.fraction_bits)
-        y = tf.identity(y1)
-        gy = self.g(y, training=arguments.training, **arguments.of(self.g, 0))
-        return y1, coupling.add(x2, tf.cast(gy, x2.dtype), self.fraction_bits)
+        fx = arguments.call(self.f, 1, tf.identity(x2))
+        y1 = coupling.add(x1, fx, self.fraction_bits)
+        gy = arguments.call(self.g, 0, tf.identity(y1))
+        return y1, coupling.add(x2, gy, self.fraction_bits)
 
     def step(self, variables, arguments):
-        def branch(layer, stream):
-            def call(x, **named):
-                return [
-                    tf.cast(layer(x, training=arguments.training, **named), x.dtype)
-                ]
-
-            return variables.branch(layer, call, arguments.of(layer, stream))
-
-        return coupling.Coupling(
-            branch(self.f, 1), branch(self.g, 0), self.fraction_bits, self.anchor
-        )
+        f = self.branch(self.f, 1, arguments, variables)
+        g = self.branch(self.g, 0, arguments, variables)
+        return coupling.Coupling(f, g, self.fraction_bits, self.anchor)
 
     def get_config(self):
         return {**super().get_config(), "anchor": self.anchor}

@@ -7,6 +7,7 @@ refused rather than silently done twice or not differentiated.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 
@@ -39,20 +40,21 @@ class Variables:
         self._share_traces = share_traces
         self._traced = []
 
-    def branch(self, owner, call, arguments=None):
-        """Returns a function that uses the variables of a layer as a pure branch.
+    def branch(self, owner, calls, arguments=None):
+        """Returns functions that use the variables of a layer as a pure branch.
 
         Args:
             owner: the layer.
-            call: `call(*inputs, **arguments)` returns a list of tensors.
-            arguments: nested structure of further arguments, as `call` takes them.
+            calls: list of what is applied one after the other:
+                `call(*inputs, **arguments)` returns a list of tensors.
+            arguments: nested structure of further arguments, as all calls take them.
         """
         weights, state = owner.trainable_variables, owner.non_trainable_variables
         own = [id(v) for v in (*weights, *state)]
         flat = tf.nest.flatten(arguments or {})
         where = [i for i, value in enumerate(flat) if _is_differentiable(value)]
 
-        def function(values, state_values, *inputs):
+        def function(call, values, state_values, *inputs):
             given = dict(
                 zip(own, (*values[: len(weights)], *state_values), strict=True)
             )
@@ -69,7 +71,7 @@ class Variables:
             return outputs, [scope.new_value(v) for v in state], scope.losses, read
 
         return coupling.Branch(
-            function,
+            [functools.partial(function, call) for call in calls],
             _positions([*weights, *(flat[i] for i in where)], self.weights),
             _positions(state, self.state),
             owner.name,
@@ -195,6 +197,25 @@ def structure(layer):
         return described(layer)
     except _Unknown:
         return None
+
+
+def parts(layer):
+    """Returns the layers that a layer applies one after the other, else itself.
+
+    As for `structure`, only those of known kinds are told apart, and only where it is
+    the same to call them: each once, and in the precision of the whole.
+    """
+    found, ahead = [], [layer] if structure(layer) is not None else []
+    while ahead:
+        first = ahead.pop(0)
+        if type(first) is keras.Sequential:
+            ahead = [*first.layers, *ahead]
+        else:
+            found.append(first)
+    policies = {(part.dtype_policy.name, part.autocast) for part in [layer, *found]}
+    if not found or len(policies) > 1 or len({*map(id, found)}) < len(found):
+        return [layer]
+    return found
 
 
 class _Unknown(Exception):

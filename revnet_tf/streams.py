@@ -47,6 +47,11 @@ class Arguments(NamedTuple):
             named["mask"] = mask
         return named
 
+    def call(self, layer, stream, x):
+        """Returns what `layer` makes of the stream with that index, in its dtype."""
+        y = layer(x, training=self.training, **self.of(layer, stream))
+        return tf.cast(y, x.dtype)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
@@ -98,7 +103,7 @@ class TwoStreamLayer(keras.layers.Layer):
         self._traced = set()
 
     def branches(self):
-        return [self.f, self.g]
+        return [getattr(self, name) for name in self.LAYERS]
 
     def build_streams(self, shape1, shape2):
         raise NotImplementedError
@@ -108,6 +113,22 @@ class TwoStreamLayer(keras.layers.Layer):
 
     def step(self, variables, arguments):
         raise NotImplementedError
+
+    def branch(self, layer, stream, arguments, variables):
+        """Returns what `Arguments.call` does as a branch of `coupling`."""
+        named = arguments.of(layer, stream)
+
+        def applied(part, dtype):
+            def call(x, **named):
+                y = part(x, training=arguments.training, **named)
+                return [tf.cast(y, dtype or y.dtype)]
+
+            return call
+
+        *first, last = [layer] if named else pure.parts(layer)
+        calls = [*(applied(part, None) for part in first)]
+        calls.append(applied(last, self.compute_dtype))
+        return variables.branch(layer, calls, named)
 
     def runs(self):
         """Returns `(layers, recompute)` pairs, in the order in which they apply."""

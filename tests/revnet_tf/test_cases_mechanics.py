@@ -176,7 +176,7 @@ def test_a05_a_branch_with_another_number_of_gradients_is_refused(read):
     def function(weights, state, x):
         return [weights[0] * x], [], [], [bool(i) and r for i, r in enumerate(read)]
 
-    branch = coupling.Branch(function, [0], [])
+    branch = coupling.Branch([function], [0], [])
     x = images(2, 4)
     with tf.GradientTape() as tape:
         tape.watch(x)

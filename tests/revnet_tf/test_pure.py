@@ -601,6 +601,22 @@ def test_shared_traces_give_the_bits_of_separate_ones(monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_branch_is_differentiated_layer_by_layer_where_that_is_the_same():
+    conv = layers.Conv2D(4, 1)
+    relu, other = layers.ReLU(), layers.ReLU(dtype="mixed_bfloat16")
+    nested = keras.Sequential([keras.Input((3, 3, 4)), keras.Sequential([conv]), relu])
+    assert pure.parts(nested) == [conv, relu]
+
+    def whole(*stack):
+        branch = keras.Sequential([keras.Input((3, 3, 4)), *stack])
+        return pure.parts(branch) == [branch]
+
+    assert whole(conv, keras.Sequential([conv]))  # one weight has two parts
+    assert whole(conv, other)  # the whole would not cast what `other` is given
+    assert whole(conv, layers.Dropout(0.5))
+    assert pure.parts(conv) == [conv]
+
+
 def test_what_happens_elsewhere_in_the_graph_is_not_held_against_a_branch():
     @tf.function
     def augment(x):
