@@ -457,11 +457,11 @@ def add(x, change, fraction_bits=None):
 
     Of fixed-point numbers it is exact, and its gradient that of the plain sum.
     """
-    if fraction_bits is not None:
-        quantized = fixed_point.quantize(change, fraction_bits)
-        change = fixed_point.straight_through(change, quantized)
-    y = tf.add_n([x, change])
-    return y if fraction_bits is None else fixed_point.check(y, fraction_bits)
+    if fraction_bits is None:
+        return tf.add_n([x, change])
+    # (In whatever order sums of fixed-point numbers are computed, they are the same.)
+    y = tf.add_n([x, fixed_point.quantize(change, fraction_bits)])
+    return fixed_point.check(y, fraction_bits)
 
 
 def subtract(y, change, fraction_bits=None):

@@ -30,21 +30,25 @@ def limit(dtype, fraction_bits):
 
 
 def quantize(x, fraction_bits):
-    """Returns the nearest multiples of `2**-fraction_bits`, halves to the even one."""
-    return tf.round(x * 2.0**fraction_bits) * 2.0**-fraction_bits
+    """Returns the nearest fixed-point numbers, halves to the even one.
+
+    The gradient is that of `x`. Numbers end at twice the range, NaN among them: no sum
+    with a number in range is in range then.
+    """
+    end = 2 * limit(x.dtype.as_numpy_dtype, fraction_bits)
+    return tf.raw_ops.QuantizeAndDequantizeV2(
+        input=x,
+        input_min=tf.constant(-end, x.dtype),
+        input_max=tf.constant(end, x.dtype),
+        num_bits=1 + fraction_bits + round(np.log2(end)),
+        range_given=True,
+        round_mode="HALF_TO_EVEN",
+    )
 
 
 def convert(x, fraction_bits):
     """Returns floating-point numbers as fixed-point ones, with their gradient."""
-    return check(straight_through(x, quantize(x, fraction_bits)), fraction_bits)
-
-
-def straight_through(x, quantized):
-    """Returns `quantized` with the gradient of `x`.
-
-    The difference of a number and its nearest multiple is exact, and so is the sum.
-    """
-    return x + tf.stop_gradient(quantized - x)
+    return check(quantize(x, fraction_bits), fraction_bits)
 
 
 def check(x, fraction_bits):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from twins import images, loss_and_gradients, twins
 
-from revnet_tf import RevBlock, RevSequence, fixed_point, models, numerics
+from revnet_tf import RevBlock, RevSequence, coupling, fixed_point, models, numerics
 
 layers = keras.layers
 
@@ -67,6 +67,40 @@ def test_rounding_is_exact_and_its_gradient_one():
     np.testing.assert_array_equal(tape.gradient(y, x), np.ones(10_000))
 
 
+def test_a_change_is_rounded_once_and_taken_back_to_the_last_bit(run):
+    rng = np.random.default_rng(0)
+    x, change = rng.normal(size=(2, 10_000)) * 1000  # the range ends at 16,384
+    x = np.rint(x * 2**10) / 2**10
+    change[::2] = (np.rint(change[::2]) + 0.5) / 2**10  # halves
+    x, change = tf.constant(x, tf.float32), tf.constant(change, tf.float32)
+
+    def there_and_back(x, change):
+        with tf.GradientTape() as tape:
+            tape.watch([x, change])
+            y = coupling.add(x, change, 10)
+        return y, coupling.subtract(y, change, 10), *tape.gradient(y, [x, change])
+
+    y, back, *gradients = run(there_and_back)(x, change)
+    nearest = np.rint(np.float64(change) * 2**10) / 2**10
+    np.testing.assert_array_equal(y, x + nearest)
+    np.testing.assert_array_equal(back, x)
+    np.testing.assert_array_equal(gradients, np.ones((2, 10_000)))
+
+
+def test_the_graph_optimizer_leaves_the_order_of_the_sums_alone():
+    # Without `same_sums`: as in `model.fit`. Branches that end with a sum of their own.
+    def branch():
+        x = keras.Input((8, 8, 2))
+        y = layers.Conv2D(2, 3, padding="same", use_bias=False)(x)
+        return keras.Model(x, layers.Add()([x, y]))
+
+    x = y = keras.Input((8, 8, 4))
+    for _ in range(4):
+        y = RevBlock(branch(), branch(), fraction_bits=14)(y)
+    errors = numerics.reconstruction_error(keras.Model(x, y), images(512, 8, 8, 4))
+    assert list(errors.values()) == [(0.0, 0.0)] * 4
+
+
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
@@ -108,14 +142,43 @@ def test_inverse_returns_the_very_bits(run):
     np.testing.assert_array_equal(back, x)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradients_pass_a_vectorized_map(recompute):
+    dense = [RevBlock(layers.Dense(2), layers.Dense(2)) for _ in range(2)]
+    layer = RevSequence(dense, fraction_bits=10, recompute=recompute)
+    layer.build((1, 4))
+    x = images(3, 4)
+
+    def gradient(call):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(call(x) ** 2)
+        return tape.gradient(loss, x)
+
+    def each(x):
+        return tf.vectorized_map(lambda t: layer(t[None], training=True), x)
+
+    expected = gradient(lambda x: layer(x, training=True))
+    np.testing.assert_allclose(gradient(each), expected, rtol=1e-5, atol=1e-5)
+
+
 class Scale(layers.Layer):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
     def call(self, x):
-        return 100 * x
+        return self.factor * x
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_leaving_the_range_is_an_error_and_nan_under_xla(run, request, recompute):
-    layer = RevBlock(Scale(), Scale(), fraction_bits=14, recompute=recompute)
+@pytest.mark.parametrize("factor", [100, -100, 1e5, -1e5, np.inf, np.nan])
+def test_leaving_the_range_is_an_error_and_nan_under_xla(
+    run, request, recompute, factor
+):
+    layer = RevBlock(
+        Scale(factor), Scale(factor), fraction_bits=14, recompute=recompute
+    )
     x = np.ones((1, 2), np.float32)  # to 101 and 10,101; the range ends at 1,024
     layer.build((1, 2))
 
