@@ -8,7 +8,7 @@ backwards:
 
 `run` applies a sequence of blocks and keeps, for its gradient, the last pair of streams
 only. The gradient rebuilds the streams block by block, from the last to the first, and
-evaluates f and g once more each. Four things make that save memory, and not only look
+evaluates f and g once more each. Five things make that save memory, and not only look
 as if it did:
 
 - One `tf.custom_gradient` holds the whole run: one for each block would keep every
@@ -18,6 +18,8 @@ as if it did:
 - A block is rebuilt only after the gradients of the block that follows are there.
   Nothing in the arithmetic asks for that order, and who is free to choose, as an
   executor or a compiler, rebuilds everything first and holds it all.
+- Within a block it is the same: a stream is rebuilt before the branch that was added to
+  it is differentiated, and a branch of known layers is differentiated one by one.
 - What a run has rebuilt is handed to the run before it (`Handoff`), which then has no
   use for its own last pair: runs called one after the other keep as little as one.
 

@@ -178,11 +178,8 @@ def test_a05_a_branch_with_another_number_of_gradients_is_refused(read):
 
     branch = coupling.Branch([function], [0], [])
     x = images(2, 4)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        result = coupling.run([coupling.Coupling(branch, branch)], x, x, [weight])
     with pytest.raises(ValueError, match="zip"):
-        tape.gradient(result.y1, x)
+        coupling.run([coupling.Coupling(branch, branch)], x, x, [weight])
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
