@@ -1,11 +1,11 @@
 """The largest batch and the largest depth that fit a budget of memory.
 
-    python -m benchmarks.limits    # limits.csv; an hour
+    python -m benchmarks.limits    # limits.csv; half an hour
 
 A chain of blocks as in `benchmarks.networks`, in graph mode: the largest batch for 16
-blocks, and the most blocks for a batch of 128, whose peak is within the budget by
-`revnet_tf.memory.estimate` with the margin of `plan`, and what `measure` says of that
-one in a fresh process.
+blocks, and the most blocks for a batch of 64, whose peak is within the budget, as
+`revnet_tf.memory.measure` finds it in a fresh process. Nothing above 200 is tried: a
+row of 200 says that there is room for so many or more.
 """
 
 import argparse
@@ -18,32 +18,22 @@ from benchmarks.provenance import table
 
 BUDGET_BYTES = 2**28
 NETWORKS = ("ordinary", "remat", "sequence")
-NUM_BLOCKS, BATCH_SIZE = 16, 128
-
-
-def peak_bytes(network, num_blocks, batch_size):
-    from benchmarks import networks
-    from revnet_tf import memory
-
-    model = networks.build(network, num_blocks)
-    return memory.PLAN_MARGIN * memory.estimate(model, batch_size).peak_bytes
+NUM_BLOCKS, BATCH_SIZE = 16, 64
+MOST = 200
 
 
 def largest(peak):
-    """Returns the largest number whose peak is within the budget; 0 if not even 1.
+    """Returns the largest number up to `MOST` whose peak is within the budget, or 0.
 
     The peak is nearly linear: the guess is that of a straight line through the last two
     numbers, until one fits and the next does not.
     """
-    peak = functools.cache(peak)
-    fits, too_many = 0, None
+    fits, too_many = 0, MOST + 1
     a, b = 2, 4
-    while too_many is None or too_many - fits > 1:
+    while too_many - fits > 1:
         slope = (peak(b) - peak(a)) / (b - a)
-        guess = int(b + (BUDGET_BYTES - peak(b)) / slope)
-        guess = max(guess, fits + 1)
-        if too_many is not None:
-            guess = min(guess, too_many - 1)
+        guess = b + (BUDGET_BYTES - peak(b)) / slope if slope > 0 else MOST
+        guess = min(max(int(guess), fits + 1), too_many - 1)
         if peak(guess) <= BUDGET_BYTES:
             fits = guess
         else:
@@ -73,12 +63,13 @@ def main():
         for network, what in itertools.product(NETWORKS, ("batch_size", "num_blocks")):
             sizes = {"num_blocks": NUM_BLOCKS, "batch_size": BATCH_SIZE}
 
+            @functools.cache
             def peak(size, network=network, what=what, sizes=sizes):
-                return peak_bytes(network, **{**sizes, what: size})
+                return processes.run("limits", network, *{**sizes, what: size}.values())
 
-            sizes = {**sizes, what: largest(peak)}
-            measured = processes.run("limits", network, *sizes.values())
-            add(BUDGET_BYTES, network, what, *sizes.values(), measured)
+            size = largest(peak)
+            sizes[what] = size
+            add(BUDGET_BYTES, network, what, *sizes.values(), peak(size))
 
 
 if __name__ == "__main__":
