@@ -3,8 +3,16 @@
 Reference: Gomez et al., 2017, https://arxiv.org/abs/1707.04585
 """
 
-from revnet_tf import export, memory, models, numerics
+from revnet_tf import export, memory, models, normalization, numerics
 from revnet_tf.layers import RevBlock, RevSequence
 
 __version__ = "0.1.0"
-__all__ = ["RevBlock", "RevSequence", "export", "memory", "models", "numerics"]
+__all__ = [
+    "RevBlock",
+    "RevSequence",
+    "export",
+    "memory",
+    "models",
+    "normalization",
+    "numerics",
+]

@@ -172,7 +172,7 @@ class Scale(layers.Layer):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("factor", [100, -100, 1e5, -1e5, np.inf, np.nan])
+@pytest.mark.parametrize("factor", [100, -1e5, np.nan])
 def test_leaving_the_range_is_an_error_and_nan_under_xla(
     run, request, recompute, factor
 ):

@@ -494,7 +494,10 @@ def test_fixed_point_streams_train_as_stored_activations_do_bit_for_bit(
     assert outcomes[0] == outcomes[1]
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)],
+)
 def test_branches_of_a_mixed_precision_run_compute_in_16_bits(
     precision, tmp_path, finished_run, unexported
 ):
