@@ -454,16 +454,16 @@ def inverse(steps, y1, y2, weights=(), state=()):
     return y1, y2
 
 
-def add(x, change, fraction_bits=None):
+def add(x, change, fraction_bits=None, elementary=False):
     """Returns `x + change` without broadcasting: such a sum could not be undone.
 
-    Of fixed-point numbers it is exact, and its gradient that of the plain sum.
+    Of fixed-point numbers it is exact (in whatever order the sums are computed), and
+    its gradient that of the plain sum; `elementary` as for `fixed_point.quantize`.
     """
     if fraction_bits is None:
         return tf.add_n([x, change])
-    # (In whatever order sums of fixed-point numbers are computed, they are the same.)
-    y = tf.add_n([x, fixed_point.quantize(change, fraction_bits)])
-    return fixed_point.check(y, fraction_bits)
+    change = fixed_point.quantize(change, fraction_bits, elementary)
+    return fixed_point.check(tf.add_n([x, change]), fraction_bits)
 
 
 def subtract(y, change, fraction_bits=None):

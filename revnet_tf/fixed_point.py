@@ -29,12 +29,21 @@ def limit(dtype, fraction_bits):
     return 2.0 ** (np.finfo(dtype).nmant + 1 - fraction_bits)
 
 
-def quantize(x, fraction_bits):
+def quantize(x, fraction_bits, elementary=False):
     """Returns the nearest fixed-point numbers, halves to the even one.
 
     The gradient is that of `x`. Numbers end at twice the range, NaN among them: no sum
     with a number in range is in range then.
+
+    Args:
+        x: floating-point numbers.
+        fraction_bits: of the result.
+        elementary: get the same bits by operations that other runtimes have, too.
     """
+    if elementary:
+        multiple = tf.round(x * 2.0**fraction_bits) * 2.0**-fraction_bits
+        # The difference of a number and its nearest multiple is exact.
+        return x - tf.stop_gradient(x - multiple)
     end = 2 * limit(x.dtype.as_numpy_dtype, fraction_bits)
     return tf.raw_ops.QuantizeAndDequantizeV2(
         input=x,
@@ -46,9 +55,9 @@ def quantize(x, fraction_bits):
     )
 
 
-def convert(x, fraction_bits):
+def convert(x, fraction_bits, elementary=False):
     """Returns floating-point numbers as fixed-point ones, with their gradient."""
-    return check(quantize(x, fraction_bits), fraction_bits)
+    return check(quantize(x, fraction_bits, elementary), fraction_bits)
 
 
 def check(x, fraction_bits):

@@ -154,10 +154,10 @@ class RevBlock(_ReversibleLayer):
         # A branch that uses its input several times has as many gradients for it. They
         # are added up before that of the other stream is, as the recomputation does it,
         # so that both get the same bits.
-        fx = arguments.call(self.f, 1, tf.identity(x2))
-        y1 = coupling.add(x1, fx, self.fraction_bits)
-        gy = arguments.call(self.g, 0, tf.identity(y1))
-        return y1, coupling.add(x2, gy, self.fraction_bits)
+        number = self.fraction_bits, not arguments.training
+        y1 = coupling.add(x1, arguments.call(self.f, 1, tf.identity(x2)), *number)
+        y2 = coupling.add(x2, arguments.call(self.g, 0, tf.identity(y1)), *number)
+        return y1, y2
 
     def step(self, variables, arguments):
         f = self.branch(self.f, 1, arguments, variables)

@@ -49,7 +49,10 @@ class Variables:
                 `call(*inputs, **arguments)` returns a list of tensors.
             arguments: nested structure of further arguments, as all calls take them.
         """
-        weights, state = owner.trainable_variables, owner.non_trainable_variables
+        # Not `owner.trainable_variables`: a layer that was frozen has none, and one of
+        # its own layers may have been set free again.
+        weights = [v for v in owner.variables if v.trainable]
+        state = [v for v in owner.variables if not v.trainable]
         own = [id(v) for v in (*weights, *state)]
         flat = tf.nest.flatten(arguments or {})
         where = [i for i, value in enumerate(flat) if _is_differentiable(value)]
@@ -183,6 +186,8 @@ def structure(layer):
         ):
             raise _Unknown
         if type(layer) is keras.Sequential:
+            if any(x.dtype != layer.compute_dtype for x in layer.inputs):
+                raise _Unknown  # it casts to that
             of_type = [described(inner) for inner in layer.layers]
         elif type(layer) in _READ_BY_CALL:
             of_type = [getattr(layer, k, None) for k in _READ_BY_CALL[type(layer)]]

@@ -168,7 +168,10 @@ class TwoStreamLayer(keras.layers.Layer):
         arguments = self._arguments(inputs, training, mask, kwargs)
         x1, x2, received = self._streams_of(inputs, axis)
         if self.fraction_bits is not None and received is None:
-            x1, x2 = (fixed_point.convert(x, self.fraction_bits) for x in (x1, x2))
+            x1, x2 = (
+                fixed_point.convert(x, self.fraction_bits, not arguments.training)
+                for x in (x1, x2)
+            )
         for layers, recompute in self.runs():
             if recompute and arguments.training and not _ordinary.get():
                 result = self._run(layers, x1, x2, arguments, received)

@@ -55,15 +55,18 @@ def assert_same_bits(pair, x, mode):
 def test_numbers_become_the_nearest_multiples_of_a_quarter():
     x = tf.constant([0.1, 0.125, 0.13, 0.375, -0.3, 5.0])
     expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # halves to the even multiple
-    np.testing.assert_array_equal(fixed_point.quantize(x, 2), expected)
+    for elementary in (True, False):
+        quantized = fixed_point.quantize(x, 2, elementary)
+        np.testing.assert_array_equal(quantized, expected)
 
 
-def test_rounding_is_exact_and_its_gradient_one():
+@pytest.mark.parametrize("elementary", [True, False])
+def test_rounding_is_exact_and_its_gradient_one(elementary):
     x = tf.constant(np.random.default_rng(0).normal(size=10_000) * 3, tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = fixed_point.convert(x, 10)
-    np.testing.assert_array_equal(y, fixed_point.quantize(x, 10))
+        y = fixed_point.convert(x, 10, elementary)
+    np.testing.assert_array_equal(y, np.rint(x * 2.0**10) / 2**10)
     np.testing.assert_array_equal(tape.gradient(y, x), np.ones(10_000))
 
 

@@ -57,6 +57,19 @@ def test_values_gradients_and_statistics_are_those_of_keras(run, options):
     assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_a_mean_far_above_the_deviation_costs_no_more_digits_than_with_keras(run):
+    x = 1000 + 0.1 * images(8, 4, 4, 3)
+    ours, keras_layer = pair(x.shape)
+    exact = results(pair(x.shape, dtype="float64")[1], tf.cast(x, tf.float64))
+
+    def error(layer):
+        got = [np.float64(t) for t in results(layer, x, run)]
+        return [np.abs(a - b).max() for a, b in zip(got, exact, strict=True)]
+
+    for own, limit in zip(error(ours), error(keras_layer), strict=True):
+        assert own <= 2 * limit + 1e-6
+
+
 @pytest.mark.parametrize(
     ("policy", "tolerance"),
     [("mixed_float16", 2**-8), ("mixed_bfloat16", 2**-5), ("float64", 1e-12)],

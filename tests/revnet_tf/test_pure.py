@@ -614,7 +614,20 @@ def test_a_branch_is_differentiated_layer_by_layer_where_that_is_the_same():
     assert whole(conv, keras.Sequential([conv]))  # one weight has two parts
     assert whole(conv, other)  # the whole would not cast what `other` is given
     assert whole(conv, layers.Dropout(0.5))
+    casts = keras.Sequential([keras.Input((3, 3, 4), dtype="float16"), conv])
+    assert pure.parts(casts) == [casts] and pure.structure(casts) is None
     assert pure.parts(conv) == [conv]
+
+
+def test_a_layer_that_was_set_free_again_in_a_frozen_branch_gets_its_gradient():
+    gradients = []
+    for layer in twins(lambda: conv_sequence(2), (None, 3, 3, 8)):
+        for block in layer.blocks:
+            block.f.trainable = False
+            block.f.layers[2].trainable = True
+        gradients.append(loss_and_gradients(layer, images(2, 3, 3, 8)))
+    assert len(gradients[0]) == len(gradients[1])
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_what_happens_elsewhere_in_the_graph_is_not_held_against_a_branch():
