@@ -1,33 +1,37 @@
 """How long a training step takes, against ordinary backpropagation.
 
-    python -m benchmarks.step_time    # step_time.csv; 10 minutes
+    python -m benchmarks.step_time    # step_time.csv; 15 minutes
 
 A chain of 9 blocks, two streams of 32 channels, 32x32, batch 64: recomputed, with
 fixed-point streams, under `keras.remat`, with ordinary backpropagation, and the
 forward pass of that alone. The gradient is that for the weights and the input, as
-inside of a network. The ways alternate in one process; the figures are the ratios of
-the medians.
+inside of a network. The ways alternate in one process, and the ratios are those of its
+medians. Where a process has its memory changes them by some percent: the figures are
+the medians of several fresh processes, with the lowest and the highest.
 
 Whoever evaluates every branch once more than ordinary backpropagation takes its time
 and that of a forward pass: the last row says where the bound of the others is.
 """
 
-import csv
+import argparse
+import json
 import statistics
 import time
 
-import numpy as np
-import tensorflow as tf
+from benchmarks import processes
+from benchmarks.provenance import table
 
-from benchmarks import networks
-from benchmarks.provenance import FOLDER, provenance
-
-NUM_BLOCKS, BATCH_SIZE, ROUNDS = 9, 64, 15
+NUM_BLOCKS, BATCH_SIZE = 9, 64
+PROCESSES, ROUNDS = 5, 7
 
 WAYS = ("sequence", "fixed_point", "remat", "ordinary", "forward")
 
 
 def training_step(way, jit_compile):
+    import tensorflow as tf
+
+    from benchmarks import networks
+
     chain = networks.chain("ordinary" if way == "forward" else way, NUM_BLOCKS)
     chain.build((None, 32, 32, 64))
     weights = [v.value for v in chain.trainable_variables]
@@ -44,12 +48,15 @@ def training_step(way, jit_compile):
     return step
 
 
-def measure(jit_compile):
-    """Returns the seconds and the CPU seconds of each round, for each of the ways."""
+def measure_this_process(mode):
+    """Prints, for each of the ways, the medians of the seconds and the CPU seconds."""
+    import numpy as np
+    import tensorflow as tf
+
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCH_SIZE, 32, 32, 64), dtype="float32")
     x = tf.constant(x)
-    steps = [training_step(way, jit_compile) for way in WAYS]
+    steps = [training_step(way, mode == "xla") for way in WAYS]
     for step in steps:  # traced, compiled and warm before the first clock is read
         step(x)
     seconds, cpu_seconds = [[] for _ in steps], [[] for _ in steps]
@@ -59,31 +66,34 @@ def measure(jit_compile):
             step(x)[0].numpy()  # waits for the device
             seconds[i].append(time.perf_counter() - start)
             cpu_seconds[i].append(time.process_time() - cpu_start)
-    return seconds, cpu_seconds
+    medians = [[statistics.median(s) for s in kind] for kind in (seconds, cpu_seconds)]
+    print(json.dumps([dict(zip(WAYS, kind, strict=True)) for kind in medians]))
 
 
 def main():
-    common = provenance()
-    with open(FOLDER / "step_time.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        columns = ["mode", "way", "rounds", "step_seconds", "p10", "p90"]
-        writer.writerow([*common, *columns, "cpu_seconds", "ratio", "cpu_ratio"])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", metavar="MODE", help="measure in this process")
+    args = parser.parse_args()
+    if args.one:
+        return measure_this_process(args.one)
+    columns = ["mode", "way", "processes", "rounds", "step_seconds", "cpu_seconds"]
+    columns += ["ratio", "lowest_ratio", "highest_ratio", "cpu_ratio"]
+    with table("step_time.csv", columns) as add:
         for mode in ("graph", "xla"):
-            seconds, cpu_seconds = measure(mode == "xla")
-            medians = [statistics.median(s) for s in seconds]
-            cpu_medians = [statistics.median(s) for s in cpu_seconds]
-            ordinary = WAYS.index("ordinary")
-            for i, way in enumerate(WAYS):
+            runs = [processes.run("step_time", mode) for _ in range(PROCESSES)]
+            for way in WAYS:
+                seconds, cpu_seconds = zip(*runs, strict=True)
+                ratios = [s[way] / s["ordinary"] for s in seconds]
+                cpu_ratios = [s[way] / s["ordinary"] for s in cpu_seconds]
                 figures = [
-                    medians[i],
-                    *np.percentile(seconds[i], [10, 90]),
-                    cpu_medians[i],
-                    medians[i] / medians[ordinary],
-                    cpu_medians[i] / cpu_medians[ordinary],
+                    statistics.median(s[way] for s in seconds),
+                    statistics.median(s[way] for s in cpu_seconds),
+                    statistics.median(ratios),
+                    min(ratios),
+                    max(ratios),
+                    statistics.median(cpu_ratios),
                 ]
-                row = [mode, way, ROUNDS, *(f"{f:.4g}" for f in figures)]
-                writer.writerow([*common.values(), *row])
-                print(*row)
+                add(mode, way, PROCESSES, ROUNDS, *(f"{f:.4g}" for f in figures))
 
 
 if __name__ == "__main__":
