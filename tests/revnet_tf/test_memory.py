@@ -117,7 +117,7 @@ def test_with_xla_the_estimate_is_what_the_compiler_writes_down():
 def test_the_memory_of_a_revnet_under_xla_does_not_depend_on_depth():
     def activation_bytes(num_blocks):
         model = models.RevNet(
-            (num_blocks,) * 3, (16, 16, 32, 64), classifier_activation=None
+            (num_blocks,) * 2, (16, 16, 32), classifier_activation=None
         )
         model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=True)
         return memory.estimate(model, 32).activation_bytes

@@ -17,6 +17,7 @@ def test_memory_of_a_chain_is_flat_in_graph_mode():
     assert spread([bytes_per_sample("functional", n) for n in (4, 16)]) < 0.15
 
 
+@pytest.mark.slow
 def test_memory_of_ordinary_backpropagation_grows():
     small, large = (bytes_per_sample("ordinary", n) for n in (4, 16))
     assert large / small > 2
