@@ -463,7 +463,7 @@ def add(x, change, fraction_bits=None, elementary=False):
     if fraction_bits is None:
         return tf.add_n([x, change])
     change = fixed_point.quantize(change, fraction_bits, elementary)
-    return fixed_point.check(tf.add_n([x, change]), fraction_bits)
+    return fixed_point.check(tf.add_n([x, change]), fraction_bits, elementary)
 
 
 def subtract(y, change, fraction_bits=None):

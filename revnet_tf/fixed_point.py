@@ -8,6 +8,8 @@ rounded, and `(x + y) - y` is `x`. (Float64 has 53 digits where float32 has 24.)
 import numpy as np
 import tensorflow as tf
 
+from revnet_tf import xla
+
 
 def validate(fraction_bits, dtype):
     """Raises `ValueError` unless numbers of `dtype` can have these fraction bits."""
@@ -57,15 +59,17 @@ def quantize(x, fraction_bits, elementary=False):
 
 def convert(x, fraction_bits, elementary=False):
     """Returns floating-point numbers as fixed-point ones, with their gradient."""
-    return check(quantize(x, fraction_bits, elementary), fraction_bits)
+    return check(quantize(x, fraction_bits, elementary), fraction_bits, elementary)
 
 
-def check(x, fraction_bits):
-    """Returns `x`, or NaN if a number is out of range.
+def check(x, fraction_bits, elementary=False):
+    """Returns `x`.
+
+    Where assertions can be left out (under XLA, and by the runtimes that `elementary`
+    is for) it is NaN if a number is out of range.
 
     Raises:
-        tf.errors.InvalidArgumentError: a number is out of range; not under XLA, which
-            leaves assertions out.
+        tf.errors.InvalidArgumentError: a number is out of range.
     """
     bound = limit(x.dtype.as_numpy_dtype, fraction_bits)
     largest = tf.maximum(tf.reduce_max(x), -tf.reduce_min(x))
@@ -81,4 +85,6 @@ def check(x, fraction_bits):
             largest,
         ],
     )
-    return tf.where(in_range, x, tf.constant(np.nan, x.dtype))
+    if elementary or xla.is_traced():
+        x = tf.where(in_range, x, tf.constant(np.nan, x.dtype))
+    return x

@@ -3,8 +3,7 @@
 import keras
 import tensorflow as tf
 
-# Whether a function is traced for XLA has no public answer. (Tests notice if it goes.)
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from revnet_tf import xla
 
 # Of the inputs that TensorFlow's fused operation takes.
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -60,7 +59,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and mask is None
             and not self.synchronized
             and not self.renorm
-            and not GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+            and not xla.is_traced()
         )
 
     def _float32(self, weight, default):
