@@ -1,4 +1,4 @@
-"""What has to be computed otherwise where XLA compiles it."""
+"""Whether XLA compiles what is being traced."""
 
 import tensorflow as tf
 
