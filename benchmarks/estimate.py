@@ -18,10 +18,11 @@ from benchmarks import processes
 from benchmarks.provenance import table
 
 PAPER = ("RevNet38", "RevNet110", "RevNet164", "ResNet32", "ResNet110", "ResNet164")
+XLA = [mode for mode in processes.MODES if mode != "graph"]
 # Network, batch size and mode of each row.
 ROWS = [
     *((name, 100, "graph") for name in PAPER),
-    *((name, 100, "xla") for name in PAPER[:3]),
+    *((name, 100, mode) for mode in XLA for name in PAPER[:3]),
     ("attention", 32, "graph"),
     ("ResNet164", 32, "graph"),
     ("RevNet1004", 32, "graph"),
@@ -86,9 +87,9 @@ def measure_this_process(network, batch_size, mode):
     from revnet_tf import memory
 
     model = build(network)
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=mode == "xla")
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=mode in XLA)
     estimated = memory.estimate(model, batch_size)
-    measured = estimated if mode == "xla" else memory.measure(model, batch_size)
+    measured = estimated if mode in XLA else memory.measure(model, batch_size)
     print(json.dumps([dataclasses.asdict(m) for m in (estimated, measured)]))
 
 
@@ -104,7 +105,9 @@ def main():
     columns += ["estimated_peak_bytes", "measured_peak_bytes", "ratio"]
     with table("estimate.csv", columns) as add:
         for network, batch_size, mode in ROWS:
-            estimated, measured = processes.run("estimate", network, batch_size, mode)
+            estimated, measured = processes.run(
+                "estimate", network, batch_size, mode, xla_flags=processes.MODES[mode]
+            )
             row = [network, batch_size, mode, estimated["activation_bytes"]]
             row += [measured["activation_bytes"]]
             row += [least_bytes(network, batch_size) if "RevNet" in network else ""]

@@ -15,7 +15,6 @@ the training step, exact to the byte.
 import argparse
 import csv
 import json
-import os
 import pathlib
 import re
 import tempfile
@@ -41,20 +40,15 @@ def bytes_per_sample(network, num_blocks):
 
 def peak_bytes(network, num_blocks, batch_size):
     """Returns the peak resident size of a fresh process that trains in graph mode."""
-    return processes.run("memory", network, num_blocks, batch_size)["peak_bytes"]
+    found = processes.run("memory", network, num_blocks, batch_size, "graph")
+    return found["peak_bytes"]
 
 
-def xla_temporary_bytes(network, num_blocks, batch_size=XLA_BATCH_SIZE):
+def xla_temporary_bytes(network, num_blocks, batch_size=XLA_BATCH_SIZE, mode="xla"):
     """Returns the size of the temporary buffer of a training step under XLA."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-        processes.run(
-            "memory",
-            network,
-            num_blocks,
-            batch_size,
-            environment={"XLA_FLAGS": flags},
-        )
+        flags = f"{processes.MODES[mode]} --xla_dump_to={folder} --xla_dump_hlo_as_text"
+        processes.run("memory", network, num_blocks, batch_size, mode, xla_flags=flags)
         sizes = []
         for path in pathlib.Path(folder).glob("*buffer-assignment.txt"):
             found = re.findall(r"size (\d+), preallocated-temp", path.read_text())
@@ -62,12 +56,12 @@ def xla_temporary_bytes(network, num_blocks, batch_size=XLA_BATCH_SIZE):
     return max(sizes)
 
 
-def measure_this_process(network, num_blocks, batch_size):
+def measure_this_process(network, num_blocks, batch_size, mode):
     import numpy as np
 
     from benchmarks import networks
 
-    model = networks.build(network, num_blocks, jit_compile="XLA_FLAGS" in os.environ)
+    model = networks.build(network, num_blocks, jit_compile=mode != "graph")
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch_size, *model.input_shape[1:]), dtype="float32")
     for _ in range(2):
@@ -82,8 +76,8 @@ def cells():
     """Yields network, number of blocks and mode of each measurement."""
     for network in ("sequence", "functional", "remat", "ordinary"):
         for num_blocks in (4, 16) if network in GROWING else (4, 16, 64):
-            yield network, num_blocks, "graph"
-            yield network, num_blocks, "xla"
+            for mode in processes.MODES:
+                yield network, num_blocks, mode
     for network in ("revnet", "revnet_ordinary"):
         for num_blocks in (3, 9, 18):
             yield network, num_blocks, "graph"
@@ -102,10 +96,10 @@ def sweep():
         cell = {"network": network, "num_blocks": str(num_blocks), "mode": mode}
         if any(cell.items() <= row.items() for row in rows):
             continue
-        if mode == "xla":
-            value = xla_temporary_bytes(network, num_blocks) / XLA_BATCH_SIZE
-        else:
+        if mode == "graph":
             value = bytes_per_sample(network, num_blocks)
+        else:
+            value = xla_temporary_bytes(network, num_blocks, mode=mode) / XLA_BATCH_SIZE
         rows.append({**common, **cell, "bytes_per_sample": round(value)})
         print(*cell.values(), round(value), flush=True)
         with open(path, "w", newline="") as file:
@@ -168,14 +162,14 @@ def main():
     parser.add_argument("--plot", action="store_true", help="only draw the plot")
     parser.add_argument(
         "--one",
-        nargs=3,
-        metavar=("NETWORK", "NUM_BLOCKS", "BATCH_SIZE"),
+        nargs=4,
+        metavar=("NETWORK", "NUM_BLOCKS", "BATCH_SIZE", "MODE"),
         help="make one measurement in this process and print it",
     )
     args = parser.parse_args()
     if args.one:
-        network, num_blocks, batch_size = args.one
-        return measure_this_process(network, int(num_blocks), int(batch_size))
+        network, num_blocks, batch_size, mode = args.one
+        return measure_this_process(network, int(num_blocks), int(batch_size), mode)
     if not args.plot:
         sweep()
     plot()

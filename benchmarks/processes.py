@@ -6,8 +6,17 @@ import pathlib
 import subprocess
 import sys
 
+# How a training step is run, and with what flags of XLA. On a CPU XLA orders the
+# operations so that many run at a time, and on a GPU so that they need little memory;
+# the last is that of a GPU on a CPU.
+MODES = {
+    "graph": "",
+    "xla": "",
+    "xla_for_memory": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+}
 
-def run(module, *arguments, environment=None):
+
+def run(module, *arguments, xla_flags=""):
     """Runs `python -m benchmarks.MODULE --one ARGUMENTS`.
 
     Returns:
@@ -21,7 +30,7 @@ def run(module, *arguments, environment=None):
     done = subprocess.run(
         command,
         cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})},
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": xla_flags},
         capture_output=True,
         text=True,
     )

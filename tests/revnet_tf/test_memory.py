@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import networks
+from benchmarks import networks, processes
 from benchmarks.memory import XLA_BATCH_SIZE, xla_temporary_bytes
 from revnet_tf import RevBlock, RevSequence, memory, models
 
@@ -74,12 +74,17 @@ def test_the_report_names_every_stage_and_the_peak():
         assert name in report
 
 
-def run_alone(program, *arguments):
+def run_alone(program, *arguments, xla_flags=""):
     """Returns what a program prints: a process whose allocator has no past."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=FOLDER,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(FOLDER)},
+        env={
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "PYTHONPATH": str(FOLDER),
+            "XLA_FLAGS": xla_flags,
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -126,20 +131,23 @@ def test_the_memory_of_a_revnet_under_xla_does_not_depend_on_depth():
 
 
 MEASURE_OF_THE_LEAST = """
-import json
+import json, sys, keras
 from benchmarks.estimate import least_bytes
 from revnet_tf import memory, models
 found = []
 for bottleneck, like in ((False, "RevNet38"), (True, "RevNet164")):
     model = models.RevNet((2, 2), (32, 32, 64), bottleneck, classifier_activation=None)
+    model.compile(keras.optimizers.SGD(0.1), jit_compile=sys.argv[1] != "graph")
     found.append(memory.measure(model, 32).activation_bytes / least_bytes(like, 32))
 print(json.dumps(found))
 """
 
 
-def test_a_revnet_keeps_little_more_than_must_be_alive():
+@pytest.mark.parametrize("mode", ["graph", "xla_for_memory"])
+def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
     # While one branch of the first stage is differentiated: `benchmarks.estimate`.
-    assert max(run_alone(MEASURE_OF_THE_LEAST)) < 1.15
+    found = run_alone(MEASURE_OF_THE_LEAST, mode, xla_flags=processes.MODES[mode])
+    assert max(found) < 1.15
 
 
 def test_measuring_leaves_the_variables_as_they_were():
