@@ -202,11 +202,13 @@ class Coupling(NamedTuple):
 
     def backward(self, y1, y2, d1, d2, kept, gradients):
         f, g, inputs = kept
+        total1 = y1 if gradients.inputs_needed and not inputs else None
+        total2 = None if inputs else y2
         # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
-        (dy1,), x2 = gradients.through(g, [y1], [d2], [d1], y2, self.fraction_bits)
+        (dy1,), x2 = gradients.through(g, [y1], [d2], [d1], total2, self.fraction_bits)
         x2 = inputs[1] if inputs else x2
         d1 = d1 + dy1
-        (dx2,), x1 = gradients.through(f, [x2], [d1], [d2], y1, self.fraction_bits)
+        (dx2,), x1 = gradients.through(f, [x2], [d1], [d2], total1, self.fraction_bits)
         x1 = inputs[0] if inputs else x1
         return x1, x2, d1, d2 + dx2
 
@@ -273,6 +275,7 @@ class Watched(NamedTuple):
         return *results, (kept, x1, x2)
 
     def backward(self, y1, y2, d1, d2, kept, gradients):
+        gradients.inputs_needed = True
         kept, *inputs = kept
         *rebuilt, d1, d2 = self.step.backward(y1, y2, d1, d2, kept, gradients)
         self.tell(inputs, rebuilt)
@@ -291,11 +294,14 @@ class Gradients:
     Attributes:
         of_weights: those found so far, added up; `None` for a weight without.
         last: as above.
+        inputs_needed: whether someone goes on with the inputs of the present step: if
+            not, the last of them is not rebuilt.
     """
 
     def __init__(self, weights, d_losses, last):
         self.of_weights = [None] * len(weights)
         self.last = last
+        self.inputs_needed = True
         self._weights = weights
         self._d_losses = list(d_losses)
 
@@ -353,23 +359,27 @@ class Handoff:
     outputs is given it, and fills it while the gradient is traced. Where nothing was
     filled in (another consumer, no gradient path, another graph), the first run uses
     the outputs that it kept.
+
+    Attributes:
+        needed: whether the first run has a use for its outputs at all.
     """
 
-    def __init__(self):
-        self._rebuilt = None
+    def __init__(self, needed):
+        self.needed = needed
+        self._rebuilt = self._graph = None
 
     def fill(self, y1, y2, last):
         # In eager mode all outputs are alive anyway; there is nothing to gain.
         if not tf.executing_eagerly():
             self._rebuilt = y1, y2, last
+            self._graph = tf.compat.v1.get_default_graph()
 
     def take(self, y1, y2):
         """Returns a pair of streams and the gradients that were computed last.
 
         The pair is the rebuilt one if that is of the current graph, else `(y1, y2)`.
         """
-        graph = tf.compat.v1.get_default_graph()
-        if self._rebuilt and self._rebuilt[0].graph is graph:
+        if self._rebuilt and self._graph is tf.compat.v1.get_default_graph():
             return self._rebuilt
         return y1, y2, []
 
@@ -403,7 +413,7 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
         NotImplementedError: when a second derivative or a forward-mode derivative is
             taken: it would silently lack what the reconstruction contributes.
     """
-    handoff = Handoff()
+    handoff = Handoff(needed=not isinstance(steps[-1], Checkpoint))
     last_state = None
     order = None
 
@@ -428,8 +438,9 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
                 _refuse_higher_order()
             y1, y2, last = handoff.take(h1, h2)
             gradients = Gradients(weights, d_losses, last)
-            for step, step_kept in zip(reversed(steps), reversed(kept), strict=True):
-                y1, y2, d1, d2 = step.backward(y1, y2, d1, d2, step_kept, gradients)
+            for i in reversed(range(len(steps))):
+                gradients.inputs_needed = i > 0 or received and received.needed
+                y1, y2, d1, d2 = steps[i].backward(y1, y2, d1, d2, kept[i], gradients)
             if received is not None:
                 received.fill(y1, y2, gradients.last)
             return _custom_gradient(

@@ -366,6 +366,19 @@ def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
         assert any(again[following] in ancestors(op) for op in sums)
 
 
+def test_an_input_that_no_one_goes_on_with_is_not_rebuilt():
+    # The products of linear branches: two for the gradients of each, and one to rebuild
+    # a stream, but for the first stream of the first block.
+    sequence = RevSequence(
+        [RevBlock(layers.Dense(4), layers.Dense(4)) for _ in range(2)]
+    )
+    sequence.build((2, 8))
+    weights = [v.value for v in sequence.trainable_variables]
+    _, backward = traced_step(lambda x: sequence(x, training=True), weights, 2, 8)
+    products = {op.name for op in backward if op.type == "MatMul"}
+    assert len(products) == 4 * 2 + 3
+
+
 def ancestors(op):
     """Returns all operations that must have run before `op` runs."""
     seen, todo = {}, [op]
