@@ -12,8 +12,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling
 from revnet_tf.normalization import BatchNormalization
+from revnet_tf.steps import Checkpoint, Transition, add
 from revnet_tf.streams import TwoStreamLayer
 
 
@@ -164,12 +164,12 @@ class DownsamplingBlock(TwoStreamLayer):
     def forward(self, x1, x2, arguments):
         # (The identities: as in `RevBlock`.)
         s1 = arguments.call(self.shortcut1, 0, x1)
-        y1 = coupling.add(s1, arguments.call(self.f, 1, tf.identity(x2)))
+        y1 = add(s1, arguments.call(self.f, 1, tf.identity(x2)))
         s2 = arguments.call(self.shortcut2, 1, x2)
-        return y1, coupling.add(s2, arguments.call(self.g, 0, tf.identity(y1)))
+        return y1, add(s2, arguments.call(self.g, 0, tf.identity(y1)))
 
     def step(self, variables, arguments):
-        return coupling.Transition(
+        return Transition(
             f=self.branch(self.f, 1, arguments, variables),
             g=self.branch(self.g, 0, arguments, variables),
             shortcut1=self.branch(self.shortcut1, 0, arguments, variables),
@@ -215,7 +215,7 @@ class Stem(TwoStreamLayer):
         def call(x1, x2, **extra):
             return self.forward(x1, x2, arguments._replace(extra=extra))
 
-        return coupling.Checkpoint(variables.branch(self, [call], arguments.extra))
+        return Checkpoint(variables.branch(self, [call], arguments.extra))
 
     def compute_output_shape(self, input_shape):
         return self.shape_after(self.layer, input_shape)

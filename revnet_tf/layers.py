@@ -4,11 +4,12 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import coupling, fixed_point, pure
+from revnet_tf.steps import Coupling, add
 from revnet_tf.streams import TwoStreamLayer
 
 
 class _ReversibleLayer(TwoStreamLayer):
-    """A layer whose steps are all a `coupling.Coupling`, so that it has an inverse."""
+    """A layer whose steps are all a `steps.Coupling`, so that it has an inverse."""
 
     def __init__(self, *, fraction_bits=None, **kwargs):
         super().__init__(**kwargs)
@@ -155,14 +156,14 @@ class RevBlock(_ReversibleLayer):
         # are added up before that of the other stream is, as the recomputation does it,
         # so that both get the same bits.
         number = self.fraction_bits, not arguments.training
-        y1 = coupling.add(x1, arguments.call(self.f, 1, tf.identity(x2)), *number)
-        y2 = coupling.add(x2, arguments.call(self.g, 0, tf.identity(y1)), *number)
+        y1 = add(x1, arguments.call(self.f, 1, tf.identity(x2)), *number)
+        y2 = add(x2, arguments.call(self.g, 0, tf.identity(y1)), *number)
         return y1, y2
 
     def step(self, variables, arguments):
         f = self.branch(self.f, 1, arguments, variables)
         g = self.branch(self.g, 0, arguments, variables)
-        return coupling.Coupling(f, g, self.fraction_bits, self.anchor)
+        return Coupling(f, g, self.fraction_bits, self.anchor)
 
     def get_config(self):
         return {**super().get_config(), "anchor": self.anchor}

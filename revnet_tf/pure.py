@@ -14,8 +14,8 @@ import re
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling
 from revnet_tf.normalization import BatchNormalization
+from revnet_tf.steps import Branch
 
 # Operations that give another result, or change more, when they are done again.
 _STATEFUL = re.compile(
@@ -73,7 +73,7 @@ class Variables:
             read = [scope.was_read(v) for v in weights] + [False] * len(where)
             return outputs, [scope.new_value(v) for v in state], scope.losses, read
 
-        return coupling.Branch(
+        return Branch(
             [functools.partial(function, call) for call in calls],
             _positions([*weights, *(flat[i] for i in where)], self.weights),
             _positions(state, self.state),

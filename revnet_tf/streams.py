@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import coupling, fixed_point, pure
+from revnet_tf.steps import Watched
 
 # Attribute of a symbolic output tensor: its `Origin`, for the layer called on it next.
 _ORIGIN = "_revnet_tf_origin"
@@ -115,7 +116,7 @@ class TwoStreamLayer(keras.layers.Layer):
         raise NotImplementedError
 
     def branch(self, layer, stream, arguments, variables):
-        """Returns what `Arguments.call` does as a branch of `coupling`."""
+        """Returns what `Arguments.call` does as a branch of `steps`."""
         named = arguments.of(layer, stream)
 
         def applied(part, dtype):
@@ -214,7 +215,7 @@ class TwoStreamLayer(keras.layers.Layer):
         steps = [layer.step(variables, arguments) for layer in layers]
         if tell := _tell.get():
             steps = [
-                coupling.Watched(step, functools.partial(tell, layer))
+                Watched(step, functools.partial(tell, layer))
                 for layer, step in zip(layers, steps, strict=True)
             ]
         weights, state = variables.values()

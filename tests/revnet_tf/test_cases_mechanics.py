@@ -25,6 +25,7 @@ from twins import (
 
 from benchmarks.memory import xla_temporary_bytes
 from revnet_tf import RevBlock, RevSequence, coupling
+from revnet_tf.steps import Branch, Coupling
 
 layers = keras.layers
 
@@ -176,10 +177,10 @@ def test_a05_a_branch_with_another_number_of_gradients_is_refused(read):
     def function(weights, state, x):
         return [weights[0] * x], [], [], [bool(i) and r for i, r in enumerate(read)]
 
-    branch = coupling.Branch([function], [0], [])
+    branch = Branch([function], [0], [])
     x = images(2, 4)
     with pytest.raises(ValueError, match="zip"):
-        coupling.run([coupling.Coupling(branch, branch)], x, x, [weight])
+        coupling.run([Coupling(branch, branch)], x, x, [weight])
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

@@ -18,6 +18,7 @@ from twins import (
 )
 
 from revnet_tf import RevBlock, RevSequence, coupling, streams
+from revnet_tf.steps import Branch, Coupling
 
 layers = keras.layers
 
@@ -489,10 +490,10 @@ def test_unused_weight_gets_a_zero_gradient():
 
 
 def test_run_refuses_a_branch_with_another_number_of_states():
-    branch = coupling.Branch([lambda w, s, x: ([x], [], [], [])], [], [0])
+    branch = Branch([lambda w, s, x: ([x], [], [], [])], [], [0])
     x = images(2, 4)
     with pytest.raises(ValueError, match="zip"):
-        coupling.run([coupling.Coupling(branch, branch)], x, x, state=[tf.zeros([])])
+        coupling.run([Coupling(branch, branch)], x, x, state=[tf.zeros([])])
 
 
 def drifting_sequence(anchors):
