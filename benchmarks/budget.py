@@ -7,6 +7,7 @@
 what is needed when everything is recomputed to what ordinary backpropagation takes. The
 peak of each plan is measured in a fresh process; the steps of all plans alternate in
 one process, and the figures are the ratios of the medians to ordinary backpropagation.
+Beside them stands the same network with each block under `keras.remat`.
 """
 
 import argparse
@@ -22,14 +23,20 @@ from benchmarks.provenance import FOLDER, provenance
 BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
 
 
-def build(num_stored=None):
-    """Returns RevNet-38, compiled; the last `num_stored` blocks store activations."""
+def build(num_stored=0):
+    """Returns RevNet-38, compiled; the last `num_stored` blocks store activations.
+
+    With `num_stored="remat"` the reversible blocks are plain ones under `keras.remat`.
+    """
     import keras
 
+    from benchmarks import networks
     from revnet_tf import models
 
     model = models.RevNet38(classifier_activation=None)
-    if num_stored is not None:
+    if num_stored == "remat":
+        model = networks.with_remat(model)
+    else:
         layers = blocks_of(model)
         for i, layer in enumerate(layers):
             layer.recompute = i < len(layers) - num_stored
@@ -47,22 +54,19 @@ def blocks_of(model):
     ]
 
 
-def plan_in_this_process(budget):
+def measure_this_process(budget):
     from revnet_tf import memory
 
-    model = memory.plan(build(), BATCH_SIZE, budget)
-    stored = [not block.recompute for block in blocks_of(model)]
-    measured = memory.measure(model, BATCH_SIZE)
-    print(json.dumps([sum(stored), measured.peak_bytes]))
-
-
-def planned(budget):
-    """Returns how many blocks are stored, and the measured peak."""
-    return processes.run("budget", budget)
+    if budget == "remat":
+        model, stored = build("remat"), "remat"
+    else:
+        model = memory.plan(build(), BATCH_SIZE, int(budget))
+        stored = sum(not block.recompute for block in blocks_of(model))
+    print(json.dumps([stored, memory.measure(model, BATCH_SIZE).peak_bytes]))
 
 
 def step_seconds(numbers_stored):
-    """Returns the seconds of each round, by the number of blocks that are stored."""
+    """Returns the seconds of each round, by what `build` is given."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -89,8 +93,10 @@ def sweep():
         for model in (build(), build(all_blocks))
     )
     budgets = [low + (high - low) * i // (NUM_BUDGETS - 1) for i in range(NUM_BUDGETS)]
-    plans = [planned(budget) for budget in budgets]
-    seconds = step_seconds(sorted({all_blocks, *(number for number, _ in plans)}))
+    budgets.append("remat")
+    # How many blocks are stored, and the measured peak.
+    plans = [processes.run("budget", budget) for budget in budgets]
+    seconds = step_seconds({all_blocks: 0, **dict(plans)})
     medians = {number: statistics.median(s) for number, s in seconds.items()}
     common = provenance()
     with open(FOLDER / "budget.csv", "w", newline="") as file:
@@ -108,7 +114,7 @@ def plot():
     from matplotlib.figure import Figure
 
     with open(FOLDER / "budget.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+        *rows, remat = csv.DictReader(file)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()
     peaks = [int(row["measured_peak_bytes"]) / 1e6 for row in rows]
@@ -116,6 +122,8 @@ def plot():
     budgets = [int(row["budget_bytes"]) / 1e6 for row in rows]
     ax.step(budgets, ratios, where="post", color="0.7", label="budget")
     ax.plot(peaks, ratios, "o", label="measured peak")
+    at = int(remat["measured_peak_bytes"]) / 1e6, float(remat["ratio"])
+    ax.plot(*at, "C3^", label="keras.remat, measured peak")
     labels = {
         row["stored_blocks"]: at for row, *at in zip(rows, peaks, ratios, strict=True)
     }
@@ -135,10 +143,10 @@ def plot():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", action="store_true", help="only draw the plot")
-    parser.add_argument("--one", type=int, metavar="BUDGET_BYTES")
+    parser.add_argument("--one", metavar="BUDGET_BYTES")
     args = parser.parse_args()
     if args.one:
-        return plan_in_this_process(args.one)
+        return measure_this_process(args.one)
     if not args.plot:
         sweep()
     plot()

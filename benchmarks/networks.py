@@ -108,5 +108,19 @@ def build(network, num_blocks, jit_compile=False):
     return model
 
 
+def with_remat(model):
+    """Returns a functional model whose `RevSequence`s are plain blocks under remat."""
+
+    def call(layer, *args, **kwargs):
+        if not isinstance(layer, RevSequence):
+            return layer(*args, **kwargs)
+        (x,) = args
+        for block in layer.blocks:
+            x = RematBlock(block.f, block.g)(x)
+        return x
+
+    return keras.models.clone_model(model, call_function=call)
+
+
 def head():
     return [layers.GlobalAveragePooling2D(), layers.Dense(10)]
