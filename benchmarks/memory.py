@@ -6,10 +6,10 @@
 A measurement that has its row in memory.csv is not made again.
 
 Each measurement is a fresh process that makes two training steps. Without XLA the
-figure is the process's peak resident size (`VmHWM`, Linux), taken at two batch sizes:
-their difference, divided by the difference in samples, leaves out the weights, the code
-and what tracing costs. With XLA it is the temporary buffer that the compiler assigns to
-the training step, exact to the byte.
+figure is the process's peak resident size (`VmHWM`, Linux), with XLA the size of the
+temporary buffer that the compiler assigns to the training step, exact to the byte. It
+is taken at two batch sizes: their difference, divided by the difference in samples,
+leaves out the weights and their gradients, the code and what tracing costs.
 """
 
 import argparse
@@ -24,17 +24,20 @@ from benchmarks import processes
 
 FOLDER = pathlib.Path(__file__).parent
 BATCH_SIZES = 16, 80
-XLA_BATCH_SIZE = 64
 # Chains that keep something of every block.
 GROWING = "remat", "ordinary"
 
 
-def bytes_per_sample(network, num_blocks):
-    """Returns what one more sample adds to the peak of a step in graph mode."""
+def bytes_per_sample(network, num_blocks, mode="graph"):
+    """Returns what one more sample adds to the peak of a step."""
+
+    def measure(batch_size):
+        if mode == "graph":
+            return peak_bytes(network, num_blocks, batch_size)
+        return xla_temporary_bytes(network, num_blocks, batch_size, mode)
+
     with ThreadPoolExecutor() as pool:  # each a process; their peaks are their own
-        small, large = pool.map(
-            lambda batch_size: peak_bytes(network, num_blocks, batch_size), BATCH_SIZES
-        )
+        small, large = pool.map(measure, BATCH_SIZES)
     return (large - small) / (BATCH_SIZES[1] - BATCH_SIZES[0])
 
 
@@ -44,7 +47,7 @@ def peak_bytes(network, num_blocks, batch_size):
     return found["peak_bytes"]
 
 
-def xla_temporary_bytes(network, num_blocks, batch_size=XLA_BATCH_SIZE, mode="xla"):
+def xla_temporary_bytes(network, num_blocks, batch_size, mode="xla"):
     """Returns the size of the temporary buffer of a training step under XLA."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"{processes.MODES[mode]} --xla_dump_to={folder} --xla_dump_hlo_as_text"
@@ -96,10 +99,7 @@ def sweep():
         cell = {"network": network, "num_blocks": str(num_blocks), "mode": mode}
         if any(cell.items() <= row.items() for row in rows):
             continue
-        if mode == "graph":
-            value = bytes_per_sample(network, num_blocks)
-        else:
-            value = xla_temporary_bytes(network, num_blocks, mode=mode) / XLA_BATCH_SIZE
+        value = bytes_per_sample(network, num_blocks, mode)
         rows.append({**common, **cell, "bytes_per_sample": round(value)})
         print(*cell.values(), round(value), flush=True)
         with open(path, "w", newline="") as file:
