@@ -6,9 +6,9 @@ import pathlib
 import subprocess
 import sys
 
-# How a training step is run, and with what flags of XLA. On a CPU XLA orders the
-# operations so that many run at a time, and on a GPU so that they need little memory;
-# the last is that of a GPU on a CPU.
+# How a training step is run, and with what flags of XLA: on a CPU it orders the
+# operations so that many can run at a time, and with this flag so that they need little
+# memory (`CpuCompiler::CreateHloSchedule`).
 MODES = {
     "graph": "",
     "xla": "",
