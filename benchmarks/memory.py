@@ -136,9 +136,10 @@ def plot():
     panels = [
         ("chain of blocks, graph mode", "graph", ("ordinary", *list(style)[2:5])),
         ("chain of blocks, XLA", "xla", ("ordinary", *list(style)[2:5])),
+        ("XLA, ordered for memory", "xla_for_memory", ("ordinary", *list(style)[2:5])),
         ("RevNet, three stages, graph mode", "graph", ("revnet_ordinary", "revnet")),
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     for ax, (title, mode, networks) in zip(axes, panels, strict=True):
         ticks = set()
         for network in networks:
