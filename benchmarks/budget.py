@@ -127,9 +127,10 @@ def plot():
     labels = {
         row["stored_blocks"]: at for row, *at in zip(rows, peaks, ratios, strict=True)
     }
-    for stored, at in labels.items():
+    for i, (stored, at) in enumerate(labels.items()):
+        offset = (6, -11 if i % 2 else 4)  # so that neighbours do not overlap
         text = f"{stored} stored"
-        ax.annotate(text, at, (6, 4), textcoords="offset points", fontsize="small")
+        ax.annotate(text, at, offset, textcoords="offset points", fontsize="small")
     ax.set(
         xlabel="memory of a training step, MB",
         ylabel="time of a step,\nordinary backpropagation = 1",
