@@ -134,7 +134,7 @@ class Handoff:
 
         The pair is the rebuilt one if that is of the current graph, else `(y1, y2)`.
         """
-        if self._rebuilt and self._graph is tf.compat.v1.get_default_graph():
+        if self._graph is tf.compat.v1.get_default_graph():
             return self._rebuilt
         return y1, y2, []
 
