@@ -23,10 +23,10 @@ from benchmarks.provenance import FOLDER, provenance
 BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
 
 
-def build(num_stored=0):
-    """Returns RevNet-38, compiled; the last `num_stored` blocks store activations.
+def build(way=0):
+    """Returns RevNet-38, compiled; the last `way` blocks store activations.
 
-    With `num_stored="remat"` the reversible blocks are plain ones under `keras.remat`.
+    With `way="remat"` the reversible blocks are plain ones under `keras.remat`.
     """
     import keras
 
@@ -34,12 +34,12 @@ def build(num_stored=0):
     from revnet_tf import models
 
     model = models.RevNet38(classifier_activation=None)
-    if num_stored == "remat":
+    if way == "remat":
         model = networks.with_remat(model)
     else:
         layers = blocks_of(model)
         for i, layer in enumerate(layers):
-            layer.recompute = i < len(layers) - num_stored
+            layer.recompute = i < len(layers) - way
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, jit_compile=False)
     return model
@@ -65,22 +65,22 @@ def measure_this_process(budget):
     print(json.dumps([stored, memory.measure(model, BATCH_SIZE).peak_bytes]))
 
 
-def step_seconds(numbers_stored):
-    """Returns the seconds of each round, by what `build` is given."""
+def step_seconds(ways):
+    """Returns the seconds of each round, by way."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCH_SIZE, 32, 32, 3), dtype="float32")
     y = np.zeros(BATCH_SIZE, "int32")
-    networks = {number: build(number) for number in numbers_stored}
-    seconds = {number: [] for number in numbers_stored}
+    networks = {way: build(way) for way in ways}
+    seconds = {way: [] for way in ways}
     for network in networks.values():  # traced and warm before the first clock is read
         network.train_on_batch(x, y)
     for _ in range(ROUNDS):
-        for number, network in networks.items():
+        for way, network in networks.items():
             start = time.perf_counter()
             network.train_on_batch(x, y)
-            seconds[number].append(time.perf_counter() - start)
+            seconds[way].append(time.perf_counter() - start)
     return seconds
 
 
@@ -96,16 +96,17 @@ def sweep():
     budgets.append("remat")
     # How many blocks are stored, and the measured peak.
     plans = [processes.run("budget", budget) for budget in budgets]
-    seconds = step_seconds({all_blocks: 0, **dict(plans)})
-    medians = {number: statistics.median(s) for number, s in seconds.items()}
+    ways = dict.fromkeys([all_blocks, *(stored for stored, _ in plans)])
+    seconds = step_seconds(ways)
+    medians = {way: statistics.median(s) for way, s in seconds.items()}
     common = provenance()
     with open(FOLDER / "budget.csv", "w", newline="") as file:
         writer = csv.writer(file)
         columns = ["budget_bytes", "measured_peak_bytes", "stored_blocks"]
         writer.writerow([*common, *columns, "blocks", "step_seconds", "ratio"])
-        for budget, (number, peak) in zip(budgets, plans, strict=True):
-            row = [budget, peak, number, all_blocks, f"{medians[number]:.4g}"]
-            row.append(f"{medians[number] / medians[all_blocks]:.4g}")
+        for budget, (way, peak) in zip(budgets, plans, strict=True):
+            row = [budget, peak, way, all_blocks, f"{medians[way]:.4g}"]
+            row.append(f"{medians[way] / medians[all_blocks]:.4g}")
             writer.writerow([*common.values(), *row])
             print(*row)
 
@@ -144,7 +145,7 @@ def plot():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", action="store_true", help="only draw the plot")
-    parser.add_argument("--one", metavar="BUDGET_BYTES")
+    parser.add_argument("--one", metavar="BUDGET_BYTES_OR_REMAT")
     args = parser.parse_args()
     if args.one:
         return measure_this_process(args.one)
