@@ -77,7 +77,7 @@ def measure_this_process(network, num_blocks, batch_size, mode):
 
 def cells():
     """Yields network, number of blocks and mode of each measurement."""
-    for network in ("sequence", "functional", "remat", "ordinary"):
+    for network in ("sequence", "last_stored", "functional", "remat", "ordinary"):
         for num_blocks in (4, 16) if network in GROWING else (4, 16, 64):
             for mode in processes.MODES:
                 yield network, num_blocks, mode

@@ -10,6 +10,7 @@ layers = keras.layers
 # Chains that are one `RevSequence`, with its options.
 SEQUENCES = {
     "sequence": {},
+    "last_stored": {},
     "fixed_point": {"fraction_bits": 14},
     "ordinary": {"recompute": False},
 }
@@ -64,6 +65,7 @@ def chain(network, num_blocks):
     """Returns a layer: blocks with two streams of 32 channels; see `build`."""
     if network in SEQUENCES:
         blocks = [block() for _ in range(num_blocks)]
+        blocks[-1].recompute = network != "last_stored"
         return RevSequence(blocks, **SEQUENCES[network])
     return keras.Sequential([block(RematBlock) for _ in range(num_blocks)])
 
@@ -73,7 +75,8 @@ def build(network, num_blocks, jit_compile=False):
 
     Args:
         network: `"sequence"` (one `RevSequence`), `"functional"` or `"sequential"`
-            (blocks called one by one in such a model), `"fixed_point"` (a sequence with
+            (blocks called one by one in such a model), `"last_stored"` (a sequence
+            whose last block stores its activations), `"fixed_point"` (a sequence with
             fixed-point streams), `"ordinary"` (a sequence with ordinary
             backpropagation), `"remat"` (plain blocks, each under `keras.remat`, which
             is `tf.recompute_grad`); `"revnet"` or `"revnet_ordinary"`, with the widths
