@@ -48,14 +48,11 @@ class Gradients:
     Attributes:
         of_weights: those found so far, added up; `None` for a weight without.
         last: as above.
-        inputs_needed: whether someone goes on with the inputs of the present step: if
-            not, the last of them is not rebuilt.
     """
 
     def __init__(self, weights, d_losses, last):
         self.of_weights = [None] * len(weights)
         self.last = last
-        self.inputs_needed = True
         self._weights = weights
         self._d_losses = list(d_losses)
 
@@ -194,8 +191,10 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
             y1, y2, last = handoff.take(h1, h2)
             gradients = Gradients(weights, d_losses, last)
             for i in reversed(range(len(steps))):
-                gradients.inputs_needed = i > 0 or received and received.needed
-                y1, y2, d1, d2 = steps[i].backward(y1, y2, d1, d2, kept[i], gradients)
+                needed = i > 0 or bool(received and received.needed)
+                y1, y2, d1, d2 = steps[i].backward(
+                    y1, y2, d1, d2, kept[i], gradients, needed
+                )
             if received is not None:
                 received.fill(y1, y2, gradients.last)
             return _custom_gradient(

@@ -3,7 +3,8 @@
 A step maps two streams to two streams. `forward` returns, beside them, the new state
 and the losses, what it keeps for its gradient. `backward` goes from its outputs and the
 gradients for them to its inputs and the gradients for these, and evaluates each of its
-branches once more for that (`coupling.Gradients.through`).
+branches once more for that (`coupling.Gradients.through`). Unless `inputs_needed`,
+because nobody goes on with the inputs, the last of them is not rebuilt.
 
 A branch is a list of functions, differentiated one by one from the last to the first:
 what one of them needs for that is let go before the next is differentiated.
@@ -180,9 +181,9 @@ class Coupling(NamedTuple):
         inputs = (x1, x2) if self.anchor else None
         return y1, y2, state, [*f_losses, *g_losses], (f, g, inputs)
 
-    def backward(self, y1, y2, d1, d2, kept, gradients):
+    def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         f, g, inputs = kept
-        total1 = y1 if gradients.inputs_needed and not inputs else None
+        total1 = y1 if inputs_needed and not inputs else None
         total2 = None if inputs else y2
         # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
         (dy1,), x2 = gradients.through(g, [y1], [d2], [d1], total2, self.fraction_bits)
@@ -216,7 +217,7 @@ class Transition(NamedTuple):
         losses = [*s1_losses, *f_losses, *s2_losses, *g_losses]
         return y1, y2, state, losses, (x1, x2, shortcut1, f, shortcut2, g)
 
-    def backward(self, y1, y2, d1, d2, kept, gradients):
+    def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         x1, x2, shortcut1, f, shortcut2, g = kept
         (dy1,), _ = gradients.through(g, [y1], [d2], [d1])
         d1 = d1 + dy1
@@ -235,7 +236,7 @@ class Checkpoint(NamedTuple):
         (y1, y2), state, losses, block = self.block(weights, state, x1, x2)
         return y1, y2, state, losses, (x1, x2, block)
 
-    def backward(self, y1, y2, d1, d2, kept, gradients):
+    def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         x1, x2, block = kept
         (d1, d2), _ = gradients.through(block, [x1, x2], [d1, d2])
         return x1, x2, d1, d2
@@ -254,10 +255,9 @@ class Watched(NamedTuple):
         *results, kept = self.step.forward(x1, x2, weights, state)
         return *results, (kept, x1, x2)
 
-    def backward(self, y1, y2, d1, d2, kept, gradients):
-        gradients.inputs_needed = True
+    def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         kept, *inputs = kept
-        *rebuilt, d1, d2 = self.step.backward(y1, y2, d1, d2, kept, gradients)
+        *rebuilt, d1, d2 = self.step.backward(y1, y2, d1, d2, kept, gradients, True)
         self.tell(inputs, rebuilt)
         return *rebuilt, d1, d2
 
