@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import shutil
 import signal
@@ -293,4 +294,9 @@ def describe_fields():
 
 
 if __name__ == "__main__":
+    # On a CPU XLA orders operations so that many can run at a time, and with this flag
+    # so that they need little memory. (What the environment says comes last and
+    # prevails. A flag is of the whole process, so this is not in `main`.)
+    order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{order} {os.environ.get('XLA_FLAGS', '')}"
     sys.exit(main())

@@ -1,7 +1,11 @@
 """`--memory-report` and `--memory-budget` of the training program."""
 
 import argparse
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -44,6 +48,28 @@ def test_budget_that_is_too_small_is_refused_before_a_run_begins(tmp_path, capsy
     error = capsys.readouterr().err
     assert "below the minimum" in error and error.count("\n") == 1
     assert not (tmp_path / "small").exists()
+
+
+def minimum(run_dir, **environment):
+    """Returns the least budget of a small network whose step XLA compiles."""
+    flags = command(run_dir, "--jit", "--memory-budget", "10kB")
+    done = subprocess.run(
+        [sys.executable, "-m", "training.train", *flags],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"below the minimum of ([\d,]+)", done.stderr)
+    return int(found.group(1).replace(",", ""))
+
+
+def test_the_program_has_xla_order_operations_for_memory_if_nobody_says_otherwise(
+    tmp_path,
+):
+    other = "--xla_cpu_enable_concurrency_optimized_scheduler=true"
+    own, other = (minimum(tmp_path / "run", XLA_FLAGS=f) for f in ("", other))
+    assert own < 0.9 * other
 
 
 @pytest.mark.parametrize(
