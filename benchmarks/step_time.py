@@ -64,8 +64,8 @@ def measure_this_process(mode):
         step(x)
     seconds, cpu_seconds = [[] for _ in steps], [[] for _ in steps]
     for round_ in range(ROUNDS):
-        there_and_back = range(len(steps)) if round_ % 2 else range(len(steps))[::-1]
-        for i in there_and_back:
+        there = range(len(steps))
+        for i in there if round_ % 2 else reversed(there):
             start, cpu_start = time.perf_counter(), time.process_time()
             steps[i](x)[0].numpy()  # waits for the device
             seconds[i].append(time.perf_counter() - start)
