@@ -10,7 +10,9 @@ figure is the process's peak resident size (`VmHWM`, Linux), with XLA the size o
 temporary buffer that the compiler assigns to the training step, exact to the byte. It
 is taken at two batch sizes: their difference, divided by the difference in samples,
 leaves out the weights and their gradients, the code and what tracing costs. (A resident
-size varies by some megabytes. A sample of a RevNet takes little, so there are more.)
+size varies by some megabytes. A sample of a RevNet takes little, so there are more.
+What the allocator wastes when it gives chunks away whole is left out, too: it comes and
+goes with the load of the machine, up to 30 MB.)
 """
 
 import argparse
@@ -64,7 +66,9 @@ def measure_this_process(network, num_blocks, batch_size, mode):
     import numpy as np
 
     from benchmarks import networks
+    from revnet_tf.memory import split_large_region
 
+    split_large_region()
     model = networks.build(network, num_blocks, jit_compile=mode != "graph")
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch_size, *model.input_shape[1:]), dtype="float32")

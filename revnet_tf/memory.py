@@ -203,6 +203,17 @@ def plan(model, batch_size, budget_bytes):
     return model
 
 
+def split_large_region():
+    """Has the CPU's allocator split all that it gives off one region.
+
+    By itself it begins with a small one, and gives a free chunk away whole if it is
+    less than twice as large as what is asked for. How much that wastes depends on the
+    order in which threads free their tensors.
+    """
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    tf.raw_ops.Empty(shape=[pages // 2, page_bytes], dtype=tf.uint8)
+
+
 def _largest_batch(peak, batch_size, budget_bytes):
     """Says what batch fits a budget that `batch_size` does not fit."""
     if batch_size == 1 or peak(1) > budget_bytes:
@@ -322,10 +333,7 @@ class _Step:
         values = [v.numpy() for v in variables]
         device = _device()
         if device.startswith("CPU"):
-            # An allocator that begins small gives a free chunk away whole if it is less
-            # than twice as large as what is asked for. Of a large one it splits it off.
-            pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-            tf.raw_ops.Empty(shape=[pages // 2, page_bytes], dtype=tf.uint8)
+            split_large_region()
         data = [_random(spec) for spec in self.specs]
         before, kept, peak = _allocated(device)["current"], 0, 0
 
