@@ -211,7 +211,8 @@ def split_large_region():
     order in which threads free their tensors.
     """
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    tf.raw_ops.Empty(shape=[pages // 2, page_bytes], dtype=tf.uint8)
+    with tf.device("CPU"):
+        tf.raw_ops.Empty(shape=[pages // 2, page_bytes], dtype=tf.uint8)
 
 
 def _largest_batch(peak, batch_size, budget_bytes):
