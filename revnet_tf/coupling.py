@@ -28,11 +28,11 @@ Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 
 import functools
 import math
-import weakref
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from revnet_tf import custom_gradient
 from revnet_tf.steps import Checkpoint, Differentiate, subtract
 
 
@@ -71,7 +71,7 @@ class Gradients:
         Returns:
             The gradients for the inputs, and `total` less the output, or `None`.
         """
-        branch, state, first_read, num_losses = evaluation
+        branch, state, kept, first_read, num_losses = evaluation
         first = len(self._d_losses) - num_losses
         d_losses, self._d_losses = self._d_losses[first:], self._d_losses[:first]
         own = [self._weights[i] for i in branch.weights]
@@ -81,6 +81,7 @@ class Gradients:
             Differentiate(fraction_bits),
             own,
             state,
+            kept,
             inputs,
             totals,
             d_outputs,
@@ -197,7 +198,7 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
                 )
             if received is not None:
                 received.fill(y1, y2, gradients.last)
-            return _custom_gradient(
+            return custom_gradient.call(
                 _first_order_only, order, d1, d2, *gradients.of_weights
             )
 
@@ -205,7 +206,7 @@ def run(steps, x1, x2, weights=(), state=(), received=None):
 
     # `order` is empty, costs nothing, and ties what `backward` returns to the arguments
     # of `forward`: whoever differentiates that once more gets to `_first_order_only`.
-    y1, y2, order, *losses = _custom_gradient(forward, x1, x2, *weights)
+    y1, y2, order, *losses = custom_gradient.call(forward, x1, x2, *weights)
     return Result(y1, y2, last_state, losses, handoff)
 
 
@@ -217,34 +218,6 @@ def inverse(steps, y1, y2, weights=(), state=()):
         (fx,), *_ = step.f(weights, state, x2)
         y1, y2 = subtract(y1, fx, step.fraction_bits), x2
     return y1, y2
-
-
-def _custom_gradient(function, *arguments):
-    """Returns `tf.custom_gradient(function)(*arguments)`, which can be let go.
-
-    In a graph TensorFlow registers the gradient function and the outputs of a custom
-    gradient by name, for ever: the graph, the layers and the weights of every model
-    that was trained would stay. What is registered here holds none of them; the
-    operation holds the gradient function, and goes with its graph.
-    """
-    if tf.executing_eagerly():
-        return tf.custom_gradient(function)(*arguments)
-    registered = []
-    gradient = None
-
-    @tf.custom_gradient
-    def call(*arguments):
-        nonlocal gradient
-        outputs, gradient = function(*arguments)
-        registered.extend(outputs)
-        reference = weakref.ref(gradient)
-        return registered, lambda *d_outputs: reference()(*d_outputs)
-
-    outputs = call(*arguments)
-    outputs[0].op._revnet_tf_gradient = gradient
-    # TensorFlow asks only how many there are.
-    registered[:] = [None] * len(registered)
-    return outputs
 
 
 def _check_gradients(branch, first_read, read, gradients):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from revnet_tf import fixed_point
+from revnet_tf import fixed_point, reuse
 
 
 class Branch(NamedTuple):
@@ -50,12 +50,13 @@ class Branch(NamedTuple):
             with which `Gradients` evaluates them once more.
         """
         own = [weights[i] for i in self.weights], [state[i] for i in self.state]
-        outputs, changed, losses, read = self.call(_evaluate, *own, inputs)
+        outputs, changed, losses, kept, read = self.call(_evaluate, *own, inputs)
         after = list(state)
         for i, value in zip(self.state, changed, strict=True):
             if value is not None:
                 after[i] = value
-        return outputs, after, losses, Evaluation(self, own[1], read, len(losses))
+        evaluation = Evaluation(self, own[1], kept, read, len(losses))
+        return outputs, after, losses, evaluation
 
     def call(self, what, *arguments):
         """Returns `what(self.functions, *arguments)`: tensors, and a list, `read`."""
@@ -80,27 +81,31 @@ class Evaluation(NamedTuple):
     Attributes:
         branch: the `Branch`.
         state: its state before.
+        kept: for each function what it found and does not compute again (`reuse`).
         read: for each weight whether it was read.
         num_losses: how many losses there were.
     """
 
     branch: Branch
     state: Sequence
+    kept: Sequence[list]
     read: Sequence[bool]
     num_losses: int
 
 
 def _evaluate(functions, weights, state, outputs):
-    """Returns outputs, the new state or `None` where it is the old, losses, `read`."""
-    new_state, losses, read = state, [], [False] * len(weights)
+    """Returns outputs, new state (`None` where it is the old), losses, kept, read."""
+    new_state, losses, kept, read = state, [], [], [False] * len(weights)
     for function in functions:
-        outputs, new_state, more, has_read = function(weights, new_state, *outputs)
+        with reuse.first() as found:
+            outputs, new_state, more, has_read = function(weights, new_state, *outputs)
+        kept.append(found)
         losses += more
         read = [a or b for a, b in zip(read, has_read, strict=True)]
     changed = [
         None if new is old else new for old, new in zip(state, new_state, strict=True)
     ]
-    return outputs, changed, losses, read
+    return outputs, changed, losses, kept, read
 
 
 class Differentiate(NamedTuple):
@@ -111,7 +116,9 @@ class Differentiate(NamedTuple):
 
     fraction_bits: int | None
 
-    def __call__(self, functions, weights, state, inputs, sums, d_outputs, d_losses):
+    def __call__(
+        self, functions, weights, state, kept, inputs, sums, d_outputs, d_losses
+    ):
         """Returns the sums less the outputs, the gradients, `read`.
 
         The gradients are those for the inputs and those for the weights: two lists.
@@ -119,9 +126,10 @@ class Differentiate(NamedTuple):
         `sums` may be empty: of outputs that were not added to anything.
         """
         tapes, outputs, read = [], inputs, [False] * len(weights)
-        for function in functions:
+        for function, found in zip(functions, kept, strict=True):
             inputs = outputs
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape = tf.GradientTape(watch_accessed_variables=False)
+            with tape, reuse.second(found):
                 tape.watch([*inputs, *weights])
                 outputs, state, losses, has_read = function(weights, state, *inputs)
             tapes.append((tape, inputs, outputs, losses))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling, fixed_point, pure
+from revnet_tf import coupling, fixed_point, normalization, pure
 from revnet_tf.steps import Watched
 
 # Attribute of a symbolic output tensor: its `Origin`, for the layer called on it next.
@@ -126,7 +126,8 @@ class TwoStreamLayer(keras.layers.Layer):
 
             return call
 
-        *first, last = [layer] if named else pure.parts(layer)
+        parts = [layer] if named else pure.parts(layer)
+        *first, last = map(normalization.reusing, parts)
         calls = [*(applied(part, None) for part in first)]
         calls.append(applied(last, self.compute_dtype))
         return variables.branch(layer, calls, named)
