@@ -10,8 +10,9 @@ and back, and the ratios are those of its medians. Where a process has its memor
 changes them by some percent: the figures are the medians of several fresh processes,
 with the lowest and the highest.
 
-Whoever evaluates every branch once more than ordinary backpropagation takes its time
-and that of a forward pass: the last row says where the bound of the others is. The last
+Whoever evaluates every branch once more as it is takes the time of ordinary
+backpropagation and that of a forward pass, the last row: less than that is possible
+because the moments that batch normalization needs are not computed once more. The last
 block is differentiated first, and can store its activations: what that takes is in
 memory.csv.
 """

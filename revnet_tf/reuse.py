@@ -12,15 +12,24 @@ def once(compute):
     They are `compute()` but in the second evaluation of a branch, which gets what the
     same call has returned in the first, and without its gradient. They are kept until
     then: this is for small tensors that take long.
+
+    Raises:
+        ValueError: the second evaluation has more calls than the first.
     """
     scope = _scope.get()
     if scope is None:
         return compute(), False
     kept, is_first = scope
-    if not is_first:
-        return next(kept), True
-    kept.append(compute())
-    return kept[-1], False
+    if is_first:
+        kept.append(compute())
+        return kept[-1], False
+    for found in kept:
+        return found, True
+    raise ValueError(
+        "A branch normalizes batches more often when it is called again than when it "
+        "was called first: have it do the same each time, or set `recompute=False` on "
+        "the block."
+    )
 
 
 @contextlib.contextmanager

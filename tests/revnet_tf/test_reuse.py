@@ -113,6 +113,8 @@ def test_the_second_evaluation_gets_what_the_same_call_has_got_in_the_first():
         with reuse.second(inner):
             assert find() == (2, True)
         assert find() == (3, True)
+        with pytest.raises(ValueError, match="more often"):
+            find()
     assert find() == (4, False)
 
 
