@@ -12,6 +12,11 @@ def call(function, *arguments):
     gradient by name, for ever: the graph, the layers and the weights of every model
     that was trained would stay. What is registered here holds none of them; the
     operation holds the gradient function, and goes with its graph.
+
+    Args:
+        function: returns a sequence of tensors, at least one, and the gradient
+            function.
+        *arguments: tensors.
     """
     if tf.executing_eagerly():
         return tf.custom_gradient(function)(*arguments)

@@ -12,8 +12,8 @@ _DTYPES = ("float16", "bfloat16", "float32")
 class _Reusing(keras.layers.BatchNormalization):
     """Keras's layer, which in a branch computes the moments of its input once.
 
-    They are kept, two numbers a channel, for the second evaluation, and are as exact as
-    what the first one has normalized with: that of a rebuilt input are not.
+    They are kept, two numbers a channel, for the second evaluation: those of the input
+    that it has rebuilt would be less exact.
     """
 
     # Private, and Keras has no public place where a layer could bring its own moments.
