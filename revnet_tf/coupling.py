@@ -26,13 +26,12 @@ as if it did:
 Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 """
 
-import functools
-import math
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from revnet_tf import custom_gradient
+from revnet_tf.order import wait
 from revnet_tf.steps import Checkpoint, Differentiate, subtract
 
 
@@ -69,15 +68,16 @@ class Gradients:
             fraction_bits: of this stream.
 
         Returns:
-            The gradients for the inputs, and `total` less the output, or `None`.
+            The gradients for the inputs, and `total` less the output, or `None`; and
+            `inputs` and `d_outputs`, as whoever goes on with them has to use them.
         """
         branch, state, kept, first_read, num_losses = evaluation
         first = len(self._d_losses) - num_losses
         d_losses, self._d_losses = self._d_losses[first:], self._d_losses[:first]
         own = [self._weights[i] for i in branch.weights]
-        inputs, own = _wait([*after, *d_outputs, *self.last], inputs, own)
+        inputs = wait([*after, *d_outputs, *self.last], inputs)
         totals = [] if total is None else [total]
-        rebuilt, d_inputs, d_weights, read = branch.call(
+        rebuilt, d_outputs, d_inputs, d_weights, read = branch.call(
             Differentiate(fraction_bits),
             own,
             state,
@@ -102,7 +102,7 @@ class Gradients:
         # there: who uses those for the inputs waits for them, too.
         with tf.control_dependencies(self.last):
             d_inputs = [tf.identity(d) for d in d_inputs]
-        return d_inputs, rebuilt[0] if rebuilt else None
+        return d_inputs, rebuilt[0] if rebuilt else None, inputs, d_outputs
 
 
 class Handoff:
@@ -239,34 +239,6 @@ def _check_gradients(branch, first_read, read, gradients):
             "as variables, and these are tensors here: remove it (the block "
             "recomputes already), or set `recompute=False` on the block."
         )
-
-
-def _wait(done, inputs, weights):
-    """Returns `inputs` and `weights` such that their use waits for `done`.
-
-    A graph's executor keeps to control dependencies. XLA drops them and keeps to data:
-    the weights, or the inputs where there are none, become the choice between them and
-    zero, by a condition that never holds and that XLA cannot know before `done`.
-    """
-    if tf.executing_eagerly():
-        return inputs, weights
-    with tf.control_dependencies(done):
-        inputs = [tf.identity(x) for x in inputs]
-    # Constants that all share: else these would be most of what a model's graph holds.
-    flat, first, second = (tf.constant([i]) for i in (-1, 0, 1))
-    numbers = [
-        tf.cast(
-            tf.strided_slice(tf.reshape(t, flat), first, second, second), tf.float32
-        )
-        for t in done
-    ]
-    never = tf.reduce_any(tf.concat(numbers, 0) > math.inf)
-    zero = functools.cache(functools.partial(tf.zeros, []))
-
-    def choose(tensors):
-        return [tf.where(never, zero(t.dtype), t) for t in tensors]
-
-    return (inputs, choose(weights)) if weights else (choose(inputs), weights)
 
 
 def _first_order_only(order, *gradients):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from revnet_tf import fixed_point, reuse
+from revnet_tf.order import wait
 
 
 class Branch(NamedTuple):
@@ -119,9 +120,10 @@ class Differentiate(NamedTuple):
     def __call__(
         self, functions, weights, state, kept, inputs, sums, d_outputs, d_losses
     ):
-        """Returns the sums less the outputs, the gradients, `read`.
+        """Returns the sums less the outputs, `d_outputs`, the gradients, `read`.
 
         The gradients are those for the inputs and those for the weights: two lists.
+        Whoever goes on with `d_outputs` has to use those returned (`order.wait`).
 
         `sums` may be empty: of outputs that were not added to anything.
         """
@@ -139,27 +141,27 @@ class Differentiate(NamedTuple):
             for y, change in zip(sums, outputs, strict=False)
         ]
         # What is not needed any more is let go first: what follows needs its memory.
-        done, d_losses = rebuilt, list(d_losses)
-        d_weights = [None] * len(weights)
+        d_outputs = gradients = wait(rebuilt or inputs, d_outputs)
+        d_losses, d_weights = list(d_losses), [None] * len(weights)
         while tapes:
             tape, inputs, outputs, losses = tapes.pop()
-            with tf.control_dependencies(done):
-                d_outputs = [tf.identity(d) for d in d_outputs]
             first = len(d_losses) - len(losses)
             found = tape.gradient(
                 [*outputs, *losses],
                 [*inputs, *weights],
-                output_gradients=[*d_outputs, *d_losses[first:]],
+                output_gradients=[*gradients, *d_losses[first:]],
             )
             del d_losses[first:]
-            d_outputs = [
+            gradients = [
                 tf.zeros_like(x) if d is None else tf.convert_to_tensor(d)
                 for x, d in zip(inputs, found, strict=False)
             ]
             found = found[len(inputs) :]
-            done = [d for d in found if d is not None]
+            # XLA's order is like that by itself here.
+            with tf.control_dependencies([d for d in found if d is not None]):
+                gradients = [tf.identity(d) for d in gradients]
             d_weights = [_sum(a, b) for a, b in zip(d_weights, found, strict=True)]
-        return rebuilt, d_outputs, d_weights, read
+        return rebuilt, d_outputs, gradients, d_weights, read
 
 
 def _sum(a, b):
@@ -191,15 +193,21 @@ class Coupling(NamedTuple):
 
     def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         f, g, inputs = kept
-        total1 = y1 if inputs_needed and not inputs else None
-        total2 = None if inputs else y2
+        bits = self.fraction_bits
         # In the paper's Algorithm 1: lines 3, 5 and 9, then 4, 6, 8 and 10.
-        (dy1,), x2 = gradients.through(g, [y1], [d2], [d1], total2, self.fraction_bits)
-        x2 = inputs[1] if inputs else x2
+        (dy1,), x2, (y1,), (d2,) = gradients.through(
+            g, [y1], [d2], [d1], None if inputs else y2, bits
+        )
         d1 = d1 + dy1
-        (dx2,), x1 = gradients.through(f, [x2], [d1], [d2], total1, self.fraction_bits)
-        x1 = inputs[0] if inputs else x1
-        return x1, x2, d1, d2 + dx2
+        (dx2,), x1, (x2,), (d1,) = gradients.through(
+            f,
+            [inputs[1] if inputs else x2],
+            [d1],
+            [d2],
+            y1 if inputs_needed and not inputs else None,
+            bits,
+        )
+        return inputs[0] if inputs else x1, x2, d1, d2 + dx2
 
 
 class Transition(NamedTuple):
@@ -227,11 +235,11 @@ class Transition(NamedTuple):
 
     def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         x1, x2, shortcut1, f, shortcut2, g = kept
-        (dy1,), _ = gradients.through(g, [y1], [d2], [d1])
+        (dy1,), _, _, (d2,) = gradients.through(g, [y1], [d2], [d1])
         d1 = d1 + dy1
-        (dx2,), _ = gradients.through(shortcut2, [x2], [d2], [d1])
-        (d_f,), _ = gradients.through(f, [x2], [d1], [dx2])
-        (dx1,), _ = gradients.through(shortcut1, [x1], [d1], [d_f])
+        (dx2,), _, (x2,), _ = gradients.through(shortcut2, [x2], [d2], [d1])
+        (d_f,), _, (x2,), (d1,) = gradients.through(f, [x2], [d1], [dx2])
+        (dx1,), _, (x1,), _ = gradients.through(shortcut1, [x1], [d1], [d_f])
         return x1, x2, dx1, dx2 + d_f
 
 
@@ -246,7 +254,7 @@ class Checkpoint(NamedTuple):
 
     def backward(self, y1, y2, d1, d2, kept, gradients, inputs_needed):
         x1, x2, block = kept
-        (d1, d2), _ = gradients.through(block, [x1, x2], [d1, d2])
+        (d1, d2), _, (x1, x2), _ = gradients.through(block, [x1, x2], [d1, d2])
         return x1, x2, d1, d2
 
 
