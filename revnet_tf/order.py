@@ -8,7 +8,7 @@ from revnet_tf import xla
 
 
 def wait(done, tensors):
-    """Returns `tensors`, which are there only when all of `done` are.
+    """Returns `tensors`, which are there only when all of `done` (one or more) are.
 
     A graph's executor keeps to control dependencies. XLA drops them and keeps to data:
     there the tensors go through a loop that never turns, by a condition that XLA cannot

@@ -143,7 +143,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("mode", ["graph", "xla_for_memory"])
+@pytest.mark.parametrize("mode", processes.MODES)
 def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
     # While one branch of the first stage is differentiated: `benchmarks.estimate`.
     found = run_alone(MEASURE_OF_THE_LEAST, mode, xla_flags=processes.MODES[mode])
