@@ -17,7 +17,13 @@ MODES = {
 
 
 def run(module, *arguments, xla_flags=""):
-    """Runs `python -m benchmarks.MODULE --one ARGUMENTS`.
+    """Returns what `python -m benchmarks.MODULE --one ARGUMENTS` prints (`python`)."""
+    module = f"benchmarks.{module}"
+    return python("-m", module, "--one", *arguments, xla_flags=xla_flags)
+
+
+def python(*arguments, xla_flags=""):
+    """Runs Python in a process of its own, in the checkout.
 
     Returns:
         The last line that it prints, which is JSON.
@@ -25,8 +31,7 @@ def run(module, *arguments, xla_flags=""):
     Raises:
         RuntimeError: the process failed; says what it wrote.
     """
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--one"]
-    command += map(str, arguments)
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command,
         cwd=pathlib.Path(__file__).parents[1],

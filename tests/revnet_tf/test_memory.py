@@ -1,11 +1,6 @@
 """What `memory` says of a training step, by the side of hand-worked numbers."""
 
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -15,7 +10,6 @@ from benchmarks import networks, processes
 from benchmarks.memory import xla_temporary_bytes
 from revnet_tf import RevBlock, RevSequence, memory, models
 
-FOLDER = pathlib.Path(__file__).parents[2]
 BATCH_SIZE, WIDTH = 8192, 64
 STREAM = BATCH_SIZE * WIDTH * 4  # bytes of one of two streams, 2 MiB
 
@@ -74,24 +68,6 @@ def test_the_report_names_every_stage_and_the_peak():
         assert name in report
 
 
-def run_alone(program, *arguments, xla_flags=""):
-    """Returns what a program prints: a process whose allocator has no past."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=FOLDER,
-        env={
-            **os.environ,
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "PYTHONPATH": str(FOLDER),
-            "XLA_FLAGS": xla_flags,
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 ESTIMATE_AND_MEASURE = """
 import json, sys, keras
 from benchmarks import networks
@@ -105,7 +81,7 @@ print(json.dumps([f(model, 32).peak_bytes for f in (memory.estimate, memory.meas
     "network", ["functional", pytest.param("ordinary", marks=pytest.mark.slow)]
 )
 def test_the_estimate_is_within_a_tenth_of_the_measurement(network):
-    estimated, measured = run_alone(ESTIMATE_AND_MEASURE, network)
+    estimated, measured = processes.python("-c", ESTIMATE_AND_MEASURE, network)
     assert estimated == pytest.approx(measured, 0.1)
 
 
@@ -146,7 +122,8 @@ print(json.dumps(found))
 @pytest.mark.parametrize("mode", processes.MODES)
 def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
     # While one branch of the first stage is differentiated: `benchmarks.estimate`.
-    found = run_alone(MEASURE_OF_THE_LEAST, mode, xla_flags=processes.MODES[mode])
+    program, flags = MEASURE_OF_THE_LEAST, processes.MODES[mode]
+    found = processes.python("-c", program, mode, xla_flags=flags)
     assert max(found) < 1.15
 
 
