@@ -1,11 +1,9 @@
 """Export of a trained model: plain inference, checked after writing."""
 
-import contextlib
 import importlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
 from revnet_tf import saved_model_check
+from revnet_tf._files import replacing
 
 BATCH_SIZES = (1, 7, 32)
 
@@ -107,9 +106,9 @@ def export_saved_model(
         for name, (function, spec) in endpoints.items()
     }
     specs = {name: spec for name, (_, spec) in endpoints.items()}
-    with _written_whole(path) as part:
+    with replacing(path) as part:
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        archive.write_out(part, options, verbose=False)
+        archive.write_out(str(part), options, verbose=False)
         _write_warmup(part, specs)
         _write_card(part, model, functions, specs, class_names, card or {})
         _check_saved_model(part, model, functions, specs)
@@ -172,11 +171,11 @@ def export_litert(model, path, *, representative_images=None):
         }
 
     function = _graph(model, spec, "LiteRT", [tf.float16, tf.bfloat16])
-    with _written_whole(path) as part:
+    with replacing(path) as part:
         keras.Model(model.inputs, {"predictions": model.outputs[0]}).export(
-            part, format="litert", input_signature=[spec], verbose=False, **options
+            str(part), format="litert", input_signature=[spec], verbose=False, **options
         )
-        run = litert.Interpreter(part).get_signature_runner("serving_default")
+        run = litert.Interpreter(str(part)).get_signature_runner("serving_default")
 
         def predict(x):
             return run(inputs=x)["predictions"]
@@ -217,9 +216,9 @@ def export_onnx(model, path):
             array = values[argument.name].numpy()
             constant = onnx.numpy_helper.from_array(array, argument.name)
             proto.graph.initializer.append(constant)
-    with _written_whole(path) as part:
-        onnx.save(proto, part)
-        session = runtime.InferenceSession(part, providers=["CPUExecutionProvider"])
+    with replacing(path) as part:
+        onnx.save(proto, str(part))
+        session = runtime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
 
         def predict(x):
             return session.run(["predictions"], {"inputs": x})[0]
@@ -247,23 +246,6 @@ def _extra(module, extra):
         raise ImportError(
             f"{module} is missing; install revnet-tf[{extra}]."
         ) from error
-
-
-@contextlib.contextmanager
-def _written_whole(path):
-    """Gives the path to write to, and renames it to `path` if nothing went wrong."""
-    # Beside the target, so that the rename stays within one file system, and with its
-    # ending, which Keras goes by.
-    folder, name = os.path.split(os.fspath(path))
-    part = os.path.join(folder, f"part-{os.getpid()}-{name}")
-    try:
-        yield part
-        os.rename(part, path)
-    finally:
-        if os.path.isdir(part):
-            shutil.rmtree(part)
-        elif os.path.exists(part):
-            os.remove(part)
 
 
 def _answer(model, x):

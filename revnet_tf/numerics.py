@@ -9,8 +9,6 @@ Reference: Gomez et al., 2017, section 3.3, https://arxiv.org/abs/1707.04585
 """
 
 import math
-import os
-import pathlib
 import warnings
 from typing import NamedTuple
 
@@ -19,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from revnet_tf import streams
+from revnet_tf._files import replacing
 from revnet_tf.layers import RevBlock
 
 # Where training begins to suffer is for the task to say. A gradient of float32 is
@@ -257,10 +256,8 @@ def draw(path, rows, max_error, max_angle):
         ax.set(xlabel="step", ylabel=label, yscale="log")
         ax.grid(alpha=0.3)
         ax.legend()
-    path = pathlib.Path(path)
-    part = path.with_name(f"part-{path.name}")
-    figure.savefig(part, dpi=120)
-    os.replace(part, path)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
 
 
 class _Pass:

@@ -1,0 +1,29 @@
+"""Files and folders that exist either as a whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path`, and renames it to `path` after a block without error.
+
+    After an error the partial file or folder is removed, and `path` is as it was.
+
+    Args:
+        path: path of a file, or of a folder that does not exist, in an existing folder.
+    """
+    path = pathlib.Path(path)
+    # The prefix keeps the suffix: Keras and Matplotlib choose the format by it.
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
