@@ -3,14 +3,22 @@
 Reference: Gomez et al., 2017, https://arxiv.org/abs/1707.04585
 """
 
-from revnet_tf import export, memory, models, normalization, numerics
-from revnet_tf.layers import RevBlock, RevSequence
+from revnet_tf import export, layers, memory, models, normalization, numerics
+from revnet_tf.layers import (
+    DownsamplingBlock,
+    PoolingShortcut,
+    RevBlock,
+    RevSequence,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "DownsamplingBlock",
+    "PoolingShortcut",
     "RevBlock",
     "RevSequence",
     "export",
+    "layers",
     "memory",
     "models",
     "normalization",

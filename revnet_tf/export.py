@@ -218,7 +218,9 @@ def export_onnx(model, path):
             proto.graph.initializer.append(constant)
     with replacing(path) as part:
         onnx.save(proto, str(part))
-        session = runtime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            str(part), providers=["CPUExecutionProvider"]
+        )
 
         def predict(x):
             return session.run(["predictions"], {"inputs": x})[0]

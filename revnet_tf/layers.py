@@ -1,20 +1,24 @@
-"""Reversible Keras layers: `RevBlock` and `RevSequence`, over any pair of branches."""
+"""Keras layers that are reversible, or recompute: the blocks of reversible networks."""
 
 import keras
 import tensorflow as tf
 
-from revnet_tf import coupling, fixed_point, pure
-from revnet_tf.steps import Coupling, add
-from revnet_tf.streams import TwoStreamLayer
+from revnet_tf import _coupling, _fixed_point, _functional
+from revnet_tf._layer import PairLayer, RunLayer
+from revnet_tf._pair import Pair, pair_of
+
+__all__ = ["DownsamplingBlock", "PoolingShortcut", "RevBlock", "RevSequence"]
 
 
-class _ReversibleLayer(TwoStreamLayer):
-    """A layer whose steps are all a `steps.Coupling`, so that it has an inverse."""
+class _ReversibleLayer(PairLayer):
+    """A layer whose blocks are all reversible, so that it has an inverse."""
+
+    stores_inputs = False
 
     def __init__(self, *, fraction_bits=None, **kwargs):
         super().__init__(**kwargs)
         if fraction_bits is not None:
-            fixed_point.validate(fraction_bits, self.compute_dtype)
+            _fixed_point.validate(fraction_bits, self.compute_dtype)
         self.fraction_bits = fraction_bits
 
     def inverse(self, outputs, training=False, mask=None, **kwargs):
@@ -22,27 +26,41 @@ class _ReversibleLayer(TwoStreamLayer):
 
         Args:
             outputs: tensor or pair, as the layer returns it.
-            training: passed to the branches. With `True`, batch statistics are those
-                of the given batch, and what draws random numbers (dropout) draws other
-                ones than the forward pass did: such a pass cannot be inverted.
-            mask, **kwargs: as the layer was called with.
+            training: bool, passed to the branches. With `True`, batch statistics are
+                those of the given batch. Dropout then draws another mask than in the
+                forward pass, which cannot be inverted.
+            mask: mask of `outputs`, or a pair of masks.
+            **kwargs: the keyword arguments with which the layer was called.
 
         Returns:
             A tensor or pair like `outputs`, in the dtype of the streams.
+
+        Raises:
+            ValueError: the layer is not built, `outputs` has another shape than an
+                output of the layer, or is symbolic.
         """
         if not self.built:
             raise ValueError(f"{self.name} has no weights yet; call or build it first.")
-        outputs = tf.nest.map_structure(
-            lambda y: keras.ops.convert_to_tensor(y, self.compute_dtype), outputs
-        )
+        if any(isinstance(y, keras.KerasTensor) for y in tf.nest.flatten(outputs)):
+            raise ValueError(
+                f"Expected tensors with values, got a symbolic KerasTensor. Call "
+                f"`{self.name}.inverse` in the `call` of a layer of your own, which the "
+                "model then calls."
+            )
+        outputs = self.cast(tf.nest.map_structure(tf.convert_to_tensor, outputs))
         self.stream_shapes(tf.nest.map_structure(lambda y: tuple(y.shape), outputs))
-        arguments = self._arguments(outputs, training, mask, kwargs)
-        variables = pure.Variables()
-        steps = [
-            layer.step(variables, arguments) for run, _ in self.runs() for layer in run
-        ]
-        streams = coupling.inverse(steps, *self._split(outputs), *variables.values())
-        return self._join(*streams, outputs)
+        pair = pair_of(outputs, self.axis)
+        arguments = self.call_arguments(training, pair.split_mask(mask), kwargs)
+        blocks = []
+        for layer, _ in self.blocks_in_order():
+            owner = _functional.Variables(layer)
+            blocks.append((layer.block(arguments, owner), owner, None, None))
+        steps, weights, state = _functional.steps(blocks)
+        values = _functional.values(weights), _functional.values(state)
+        streams = _coupling.inverse(
+            steps, pair.split(tf.nest.flatten(outputs)), *values
+        )
+        return tf.nest.pack_sequence_as(outputs, pair.join(streams))
 
     def get_config(self):
         return {**super().get_config(), "fraction_bits": self.fraction_bits}
@@ -151,19 +169,14 @@ class RevBlock(_ReversibleLayer):
                 "shapes agree."
             )
 
-    def forward(self, x1, x2, arguments):
-        # A branch that uses its input several times has as many gradients for it. They
-        # are added up before that of the other stream is, as the recomputation does it,
-        # so that both get the same bits.
-        number = self.fraction_bits, not arguments.training
-        y1 = add(x1, arguments.call(self.f, 1, tf.identity(x2)), *number)
-        y2 = add(x2, arguments.call(self.g, 0, tf.identity(y1)), *number)
-        return y1, y2
-
-    def step(self, variables, arguments):
-        f = self.branch(self.f, 1, arguments, variables)
-        g = self.branch(self.g, 0, arguments, variables)
-        return Coupling(f, g, self.fraction_bits, self.anchor)
+    def block(self, arguments, owner=None):
+        return _coupling.Coupling(
+            arguments.function(self.f, 1, owner),
+            arguments.function(self.g, 0, owner),
+            arguments.fraction_bits,
+            self.anchor,
+            elementary=not arguments.training,
+        )
 
     def get_config(self):
         return {**super().get_config(), "anchor": self.anchor}
@@ -173,18 +186,21 @@ class RevBlock(_ReversibleLayer):
 class RevSequence(_ReversibleLayer):
     """Reversible blocks applied in order, storing activations for the last one only.
 
-    Memory for activations does not depend on the number of blocks, in graph mode, with
-    XLA and in eager mode.
+    Activation memory does not depend on the number of blocks, in eager mode, in a graph
+    and with XLA.
 
     Args:
-        blocks: list of `RevBlock`, with the same `axis` and dtype. Those with
-            `recompute=False` are differentiated in the ordinary way, and split the run.
-            A `RevSequence` among them stands for its blocks, and hands them down what
-            it says of `recompute` and `trainable`.
-        recompute: if `False`, use ordinary backpropagation for all blocks (same values,
-            more memory). Defaults to `True`.
-        fraction_bits: as for `RevBlock`, for all blocks. Defaults to theirs.
+        blocks: list of `RevBlock` and `RevSequence`, with the same `axis` and dtype.
+            Those with `recompute=False` are differentiated in the ordinary way, and
+            split the run.
+        recompute: bool; `False`: use ordinary backpropagation for all blocks (same
+            values, more memory). Defaults to `True`.
+        fraction_bits: int or `None`, as for `RevBlock`, for all blocks. The blocks
+            themselves stay as they are. Defaults to theirs.
         **kwargs: arguments of `keras.layers.Layer`.
+
+    Attributes:
+        blocks: tuple of the blocks.
 
     Call arguments, output shape, raises:
         As for `RevBlock`.
@@ -198,24 +214,17 @@ class RevSequence(_ReversibleLayer):
     def __init__(
         self, blocks, *, recompute=True, fraction_bits=None, dtype=None, **kwargs
     ):
-        flat = []
+        blocks = tuple(blocks)
         for block in blocks:
-            if isinstance(block, RevSequence):
-                for inner in block.blocks:
-                    inner.recompute = inner.recompute and block.recompute
-                    inner.trainable = inner.trainable and block.trainable
-                flat += block.blocks
-            elif isinstance(block, RevBlock):
-                flat.append(block)
-            else:
+            if not isinstance(block, (RevBlock, RevSequence)):
                 raise ValueError(
                     f"blocks holds {block!r}; every block must be a RevBlock or a "
                     "RevSequence."
                 )
-        if not flat:
+        if not blocks:
             raise ValueError("blocks is empty; give at least one RevBlock.")
-        axis = _common(flat, "axis")
-        stream_dtype = _common(flat, "compute_dtype")
+        axis = _common(blocks, "axis")
+        stream_dtype = _common(blocks, "compute_dtype")
         if dtype is not None:
             dtype = keras.dtype_policies.get(dtype).variable_dtype
             if dtype != stream_dtype:
@@ -223,14 +232,14 @@ class RevSequence(_ReversibleLayer):
                     f"dtype={dtype} is not that of the blocks, {stream_dtype}; give it "
                     "to the blocks, a sequence takes it from them."
                 )
-        if any(block.activity_regularizer is not None for block in flat):
+        if any(block.activity_regularizer is not None for block in blocks):
             raise ValueError(
-                "A block of a sequence has no activity that is kept, so its "
-                "activity_regularizer would do nothing; give it to f or g."
+                "A sequence does not store the outputs of its blocks, so an "
+                "activity_regularizer of a block has no effect; give it to f or g."
             )
         if fraction_bits is None:
-            fraction_bits = _common(flat, "fraction_bits")
-        elif others := {block.fraction_bits for block in flat} - {None, fraction_bits}:
+            fraction_bits = _common(blocks, "fraction_bits")
+        elif others := {b.fraction_bits for b in blocks} - {None, fraction_bits}:
             raise ValueError(
                 f"fraction_bits={fraction_bits} is not that of all blocks, which have "
                 f"{sorted(others)}, too; give it to the sequence only."
@@ -242,16 +251,14 @@ class RevSequence(_ReversibleLayer):
             dtype=stream_dtype,
             **kwargs,
         )
-        for block in flat:
-            block.fraction_bits = fraction_bits
-        self.supports_masking = all(block.supports_masking for block in flat)
-        self.blocks = flat
-        for i, block in enumerate(flat):
-            # `tf.train.Checkpoint` looks for layers in attributes, but not in lists.
+        self.supports_masking = all(block.supports_masking for block in blocks)
+        self.blocks = blocks
+        for i, block in enumerate(blocks):
+            # `tf.train.Checkpoint` finds layers in attributes, but not in tuples.
             setattr(self, f"block{i + 1}", block)
 
     def branches(self):
-        return [branch for block in self.blocks for branch in (block.f, block.g)]
+        return [branch for block in self.blocks for branch in block.branches()]
 
     def build_streams(self, shape1, shape2):
         for block in self.blocks:
@@ -259,15 +266,10 @@ class RevSequence(_ReversibleLayer):
                 block._extra_specs = self._extra_specs
                 block.build((shape1, shape2))
 
-    def runs(self):
-        runs = []
+    def blocks_in_order(self):
         for block in self.blocks:
-            recompute = self.recompute and block.recompute
-            if runs and runs[-1][1] == recompute:
-                runs[-1][0].append(block)
-            else:
-                runs.append(([block], recompute))
-        return runs
+            for inner, recompute in block.blocks_in_order():
+                yield inner, recompute and self.recompute
 
     def get_config(self):
         config = super().get_config()
@@ -276,10 +278,146 @@ class RevSequence(_ReversibleLayer):
 
 
 def _common(blocks, name):
-    """Returns what all blocks have as attribute `name`."""
+    """Returns the one value that all blocks have as attribute `name`."""
     values = {getattr(block, name) for block in blocks}
     if len(values) > 1:
         raise ValueError(
             f"blocks differ in {name}, {sorted(values, key=str)}; give all the same."
         )
     return values.pop()
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class PoolingShortcut(keras.layers.Layer):
+    """Shortcut without weights: average pooling, and zeros for the channels to come.
+
+    Args:
+        filters: channels of the output, at least those of the input; zeros are added
+            before and after, in equal numbers.
+        strides: size and stride of the pooling window, "valid".
+
+    Input shape:
+        `(batch, height, width, channels)`.
+    """
+
+    def __init__(self, filters, strides=1, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.strides = strides
+
+    def build(self, input_shape):
+        if self.filters < input_shape[-1]:
+            raise ValueError(
+                f"filters={self.filters} is less than the {input_shape[-1]} channels "
+                "of the input; a pooling shortcut can only add channels."
+            )
+
+    def call(self, inputs):
+        x = inputs
+        if self.strides > 1:
+            x = tf.nn.avg_pool2d(x, self.strides, self.strides, "SAME")
+        extra = self.filters - x.shape[-1]
+        if extra:
+            x = tf.pad(x, [[0, 0]] * 3 + [[extra // 2, extra - extra // 2]])
+        return x
+
+    def compute_output_shape(self, input_shape):
+        batch_size, *sizes, _ = input_shape
+        sizes = (size and -(-size // self.strides) for size in sizes)
+        return batch_size, *sizes, self.filters
+
+    def get_config(self):
+        config = {"filters": self.filters, "strides": self.strides}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class DownsamplingBlock(PairLayer):
+    """First block of a stage: `y1 = s1(x1) + f(x2)`, `y2 = s2(x2) + g(y1)`.
+
+    It changes size or width and so cannot be reversed. In training it keeps its input,
+    which the stage before has to keep anyway, and computes its branches anew.
+
+    Args:
+        f, g: branches; `f` is the strided one.
+        shortcut1, shortcut2: layers that bring `x1` and `x2` to the shape of the
+            branches' outputs.
+        axis, recompute, **kwargs: as for `RevBlock`.
+
+    Reference:
+        Gomez et al., 2017, section 3.2, https://arxiv.org/abs/1707.04585
+    """
+
+    LAYERS = ("f", "g", "shortcut1", "shortcut2")
+
+    def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
+        super().__init__(**kwargs)
+        self.f = f
+        self.g = g
+        self.shortcut1 = shortcut1
+        self.shortcut2 = shortcut2
+
+    def build_streams(self, shape1, shape2):
+        f = self.shape_after(self.f, shape2)
+        g = self.shape_after(self.g, f)
+        s1 = self.shape_after(self.shortcut1, shape1)
+        s2 = self.shape_after(self.shortcut2, shape2)
+        if f != s1 or g != s2:
+            raise ValueError(
+                f"{self.name}: the branches map to {f} and {g}, their shortcuts to "
+                f"{s1} and {s2}; each pair must agree. (A pooling shortcut needs a "
+                "height and width that its strides divide.)"
+            )
+
+    def block(self, arguments, owner=None):
+        return _coupling.Transition(
+            f=arguments.function(self.f, 1, owner),
+            g=arguments.function(self.g, 0, owner),
+            shortcut1=arguments.function(self.shortcut1, 0, owner),
+            shortcut2=arguments.function(self.shortcut2, 1, owner),
+        )
+
+    def compute_output_shape(self, input_shape):
+        shape1, shape2 = self.stream_shapes(input_shape)
+        shape1 = self.shape_after(self.shortcut1, shape1)
+        shape2 = self.shape_after(self.shortcut2, shape2)
+        return self.joined_shape(shape1, shape2, input_shape)
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class Stem(RunLayer):
+    """A layer before the first stage of a network, such as its first convolution.
+
+    In training it stores its input, and recomputes its activations in the backward
+    pass.
+
+    Args:
+        layer: layer that maps one tensor to one tensor.
+        recompute: bool; `False`: use ordinary backpropagation.
+        **kwargs: arguments of `keras.layers.Layer`.
+    """
+
+    LAYERS = ("layer",)
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = layer
+
+    def build(self, input_shape):
+        self.shape_after(self.layer, input_shape)
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        arguments = self.call_arguments(training, (mask,), kwargs)
+        (output,) = self.apply_blocks([self.cast(inputs)], arguments, Pair(), Pair())
+        return output
+
+    def block(self, arguments, owner=None):
+        return _coupling.Recompute(arguments.function(self.layer, 0, owner))
+
+    def compute_output_shape(self, input_shape):
+        return self.shape_after(self.layer, input_shape)
+
+    @classmethod
+    def from_config(cls, config):
+        # A file that revnet_tf 0.1 wrote has an axis.
+        return super().from_config({k: v for k, v in config.items() if k != "axis"})

@@ -22,8 +22,8 @@ import tensorflow as tf
 # The result of XLA's compilation has no public reader. (A test notices if this goes.)
 from tensorflow.compiler.xla.service import hlo_pb2
 
-from revnet_tf import streams
-from revnet_tf.executor import num_bytes, simulate, size_of
+from revnet_tf._executor import num_bytes, simulate, size_of
+from revnet_tf._layer import Observer
 
 # An estimate can be some percent too low: a plan leaves this much room.
 PLAN_MARGIN = 1.08
@@ -230,9 +230,20 @@ def _largest_batch(peak, batch_size, budget_bytes):
 def _traced(model, batch_size):
     """Returns a `_Step`, its graph, and the reversible layers by the call's scope."""
     step = _Step(model, batch_size)
-    with streams.calls() as calls:
+    with _Calls() as observer:
         graph = step.function.get_concrete_function(*step.specs).graph
-    return step, graph, calls
+    return step, graph, observer.calls
+
+
+class _Calls(Observer):
+    """Collects the layers that are called, by the name scope of the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def called(self, layer):
+        self.calls[tf.get_current_name_scope() + "/"] = layer
 
 
 class _Step:

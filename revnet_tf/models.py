@@ -1,29 +1,56 @@
 """The paper's reversible networks, and the residual networks they are matched with.
 
+All convolutions are without bias and "same"-padded. Batch normalization has the
+constants of the authors' code (epsilon 1e-3, momentum 0.99).
+
 Reference: Gomez et al., 2017, tables 1 and 2, https://arxiv.org/abs/1707.04585; block
 counts, widths and stems as in the authors' configuration, `cifar_configs.py` and
 `imagenet_configs.py` in
 https://github.com/renmengye/revnet-public/blob/master/resnet/configs
 """
 
-import functools
+import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
 
-from revnet_tf import branches
-from revnet_tf.layers import RevBlock, RevSequence
+from revnet_tf._layer import promise_alike
+from revnet_tf.layers import (
+    DownsamplingBlock,
+    PoolingShortcut,
+    RevBlock,
+    RevSequence,
+    Stem,
+)
+from revnet_tf.normalization import BatchNormalization
+
+__all__ = [
+    "ResNet",
+    "RevNet",
+    "ResNet32",
+    "ResNet110",
+    "ResNet164",
+    "ResNet50",
+    "ResNet101",
+    "RevNet38",
+    "RevNet110",
+    "RevNet164",
+    "RevNet56",
+    "RevNet104",
+]
 
 
-class Stem(NamedTuple):
-    """What comes before the first stage: convolution, BN, ReLU and perhaps pooling.
+class StemSpec(NamedTuple):
+    """The layers before the first stage: convolution, BN, ReLU and perhaps pooling.
 
     Attributes:
         kernel_size, strides: of the convolution.
         max_pool: whether 3x3 max-pooling of stride 2 follows, "same"-padded.
-        image_size: height and width of the images that it is for, in pixels.
-        classes: number of their classes.
+        image_size: height and width of the data set's images, in pixels.
+        classes: number of classes of the data set.
     """
 
     kernel_size: int
@@ -34,8 +61,8 @@ class Stem(NamedTuple):
 
 
 STEMS = {
-    "cifar": Stem(3, 1, False, 32, 10),
-    "imagenet": Stem(7, 2, True, 224, 1000),
+    "cifar": StemSpec(3, 1, False, 32, 10),
+    "imagenet": StemSpec(7, 2, True, 224, 1000),
 }
 
 
@@ -43,11 +70,8 @@ class Variant(NamedTuple):
     """A network of the paper.
 
     Attributes:
-        reversible: `RevNet` or `ResNet`.
-        num_blocks: blocks of each stage.
-        channels: of the stem, then of each stage; both streams together.
-        bottleneck: the residual function; with `True` a stage is 4 times as wide.
-        stem: key of `STEMS`.
+        reversible: whether it is a `RevNet` or a `ResNet`.
+        num_blocks, channels, bottleneck, stem: arguments of that function.
     """
 
     reversible: bool
@@ -79,23 +103,23 @@ VARIANTS = {
 
 
 def RevNet(
-    num_blocks,
-    channels,
-    bottleneck=False,
+    num_blocks: Sequence[int],
+    channels: Sequence[int],
+    bottleneck: bool = False,
     *,
-    stem="cifar",
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=None,
-    classifier_activation="softmax",
-    kernel_regularizer=None,
-    recompute=True,
-    fraction_bits=None,
-    name="revnet",
-):
+    stem: str = "cifar",
+    include_top: bool = True,
+    weights: str | os.PathLike | None = None,
+    input_tensor: keras.KerasTensor | None = None,
+    input_shape: tuple | None = None,
+    pooling: str | None = None,
+    classes: int | None = None,
+    classifier_activation: str | None = "softmax",
+    kernel_regularizer: keras.Regularizer | None = None,
+    recompute: bool = True,
+    fraction_bits: int | None = None,
+    name: str = "revnet",
+) -> keras.Model:
     """Returns a reversible residual network as a functional `keras.Model`.
 
     The layers `stage1`, `stage2`, ... give the stages' outputs. Every stage but the
@@ -117,7 +141,7 @@ def RevNet(
         pooling: without top, `None` (the last feature map), `"avg"` or `"max"`.
         classes: number of classes. Defaults to 10, with the ImageNet stem to 1000.
         classifier_activation: of the dense layer; `None` returns logits.
-        kernel_regularizer: of all convolutions and of the dense layer.
+        kernel_regularizer: regularizer of all convolutions and of the dense layer.
         recompute: if `False`, use ordinary backpropagation (same values, more memory).
         fraction_bits: of the streams, rebuilt bit for bit; as for `RevBlock`.
         name: of the model.
@@ -138,13 +162,7 @@ def RevNet(
             f"channels={tuple(channels)}: {odd} cannot be split into two streams; use "
             "even numbers."
         )
-    return _network(
-        lambda layers: branches.Stem(
-            keras.Sequential(layers), recompute=recompute, name="stem"
-        ),
-        functools.partial(
-            _reversible_stage, recompute=recompute, fraction_bits=fraction_bits
-        ),
+    network = _Network(
         num_blocks,
         channels,
         bottleneck,
@@ -159,24 +177,28 @@ def RevNet(
         kernel_regularizer,
         name,
     )
+    return network.build(
+        lambda layers: Stem(keras.Sequential(layers), recompute=recompute, name="stem"),
+        lambda x, stage: _reversible_stage(x, stage, network, recompute, fraction_bits),
+    )
 
 
 def ResNet(
-    num_blocks,
-    channels,
-    bottleneck=False,
+    num_blocks: Sequence[int],
+    channels: Sequence[int],
+    bottleneck: bool = False,
     *,
-    stem="cifar",
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=None,
-    classifier_activation="softmax",
-    kernel_regularizer=None,
-    name="resnet",
-):
+    stem: str = "cifar",
+    include_top: bool = True,
+    weights: str | os.PathLike | None = None,
+    input_tensor: keras.KerasTensor | None = None,
+    input_shape: tuple | None = None,
+    pooling: str | None = None,
+    classes: int | None = None,
+    classifier_activation: str | None = "softmax",
+    kernel_regularizer: keras.Regularizer | None = None,
+    name: str = "resnet",
+) -> keras.Model:
     """Returns the residual network with pre-activation that a RevNet is matched with.
 
     Arguments and return value are those of `RevNet`, except that `channels` may be odd
@@ -185,9 +207,7 @@ def ResNet(
     Reference:
         He et al., 2016, https://arxiv.org/abs/1603.05027, as in Gomez et al., 2017
     """
-    return _network(
-        lambda layers: keras.Sequential(layers, name="stem"),
-        _residual_stage,
+    network = _Network(
         num_blocks,
         channels,
         bottleneck,
@@ -201,6 +221,10 @@ def ResNet(
         classifier_activation,
         kernel_regularizer,
         name,
+    )
+    return network.build(
+        lambda layers: keras.Sequential(layers, name="stem"),
+        lambda x, stage: _residual_stage(x, stage, network),
     )
 
 
@@ -243,138 +267,206 @@ RevNet56 = _variant("RevNet56")
 RevNet104 = _variant("RevNet104")
 
 
-def _network(
-    make_stem,
-    stage,
-    num_blocks,
-    channels,
-    bottleneck,
-    stem,
-    include_top,
-    weights,
-    input_tensor,
-    input_shape,
-    pooling,
-    classes,
-    classifier_activation,
-    kernel_regularizer,
-    name,
-):
-    if len(channels) != len(num_blocks) + 1:
-        raise ValueError(
-            f"channels={tuple(channels)} has {len(channels)} entries; with "
-            f"num_blocks={tuple(num_blocks)} it needs {len(num_blocks) + 1}, one for "
-            "the stem and one for each stage."
-        )
-    if min(num_blocks, default=0) < 1:
-        raise ValueError(f"num_blocks={tuple(num_blocks)}: each stage needs a block.")
-    if stem not in STEMS:
-        raise ValueError(f"stem={stem!r} must be one of {tuple(STEMS)}.")
-    if weights is not None and not os.path.exists(weights):
-        raise ValueError(
-            f"weights={weights!r} is not the path of a file; give that of a "
-            "`.weights.h5` file, or `None`."
-        )
-    if pooling not in (None, "avg", "max"):
-        raise ValueError(f"pooling={pooling!r} must be None, 'avg' or 'max'.")
+class _Stage(NamedTuple):
+    """A stage of a network.
 
-    stem = STEMS[stem]
-    if input_tensor is None:
-        size = stem.image_size if include_top else None
-        inputs = input_tensor = keras.Input(input_shape or (size, size, 3))
-    else:
-        inputs = keras.utils.get_source_inputs(input_tensor)
-        inputs = inputs[0] if len(inputs) == 1 else inputs
-    parts = branches.Parts(bottleneck, kernel_regularizer)
-    layers = [
-        parts.conv(channels[0], stem.kernel_size, stem.strides),
-        branches.batch_norm(),
-        keras.layers.ReLU(),
-    ]
-    if stem.max_pool:
-        layers.append(keras.layers.MaxPool2D(3, 2, "same", "channels_last"))
-    x = make_stem(layers)(input_tensor)
-    for i, (blocks, filters) in enumerate(zip(num_blocks, channels[1:], strict=True)):
-        x = stage(
-            x,
-            parts,
-            num_blocks=blocks,
-            filters=4 * filters if bottleneck else filters,
-            strides=1 if i == 0 else 2,
-            # The stem has BN-ReLU of its own.
-            preactivation=i > 0,
-            name=f"stage{i + 1}",
-        )
-    x = branches.batch_norm(name="final_bn")(x)
-    x = keras.layers.ReLU(name="final_relu")(x)
-    if include_top or pooling == "avg":
-        x = keras.layers.GlobalAveragePooling2D("channels_last", name="avg_pool")(x)
-    elif pooling == "max":
-        x = keras.layers.GlobalMaxPooling2D("channels_last", name="max_pool")(x)
-    if include_top:
-        x = keras.layers.Dense(
-            stem.classes if classes is None else classes,
-            activation=classifier_activation,
+    Attributes:
+        name: of the layer that gives the stage's output.
+        num_blocks: number of blocks.
+        filters: channels of the output, both streams together.
+        strides: of the first block.
+        preactivation: whether the first branch begins with BN-ReLU.
+    """
+
+    name: str
+    num_blocks: int
+    filters: int
+    strides: int
+    preactivation: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """The arguments that all networks share (see `RevNet`), and what is made of them."""
+
+    num_blocks: Sequence[int]
+    channels: Sequence[int]
+    bottleneck: bool
+    stem: str
+    include_top: bool
+    weights: str | os.PathLike | None
+    input_tensor: keras.KerasTensor | None
+    input_shape: tuple | None
+    pooling: str | None
+    classes: int | None
+    classifier_activation: str | None
+    kernel_regularizer: keras.Regularizer | None
+    name: str
+
+    def __post_init__(self):
+        num_blocks, channels = tuple(self.num_blocks), tuple(self.channels)
+        if len(channels) != len(num_blocks) + 1:
+            raise ValueError(
+                f"channels={channels} has {len(channels)} entries; with "
+                f"num_blocks={num_blocks} it needs {len(num_blocks) + 1}, one for the "
+                "stem and one for each stage."
+            )
+        if min(num_blocks, default=0) < 1:
+            raise ValueError(f"num_blocks={num_blocks}: each stage needs a block.")
+        if self.stem not in STEMS:
+            raise ValueError(f"stem={self.stem!r} must be one of {tuple(STEMS)}.")
+        if self.weights is not None and not os.path.exists(self.weights):
+            raise ValueError(
+                f"weights={self.weights!r} is not the path of a file; give that of a "
+                "`.weights.h5` file, or `None`."
+            )
+        if self.pooling not in (None, "avg", "max"):
+            raise ValueError(f"pooling={self.pooling!r} must be None, 'avg' or 'max'.")
+
+    def build(self, make_stem, make_stage):
+        """Returns the model.
+
+        Args:
+            make_stem: `make_stem(layers)` returns one layer of several.
+            make_stage: `make_stage(x, stage)` returns the output of a `_Stage`.
+        """
+        stem = STEMS[self.stem]
+        if self.input_tensor is None:
+            size = stem.image_size if self.include_top else None
+            inputs = x = keras.Input(self.input_shape or (size, size, 3))
+        else:
+            x = self.input_tensor
+            inputs = keras.utils.get_source_inputs(x)
+            inputs = inputs[0] if len(inputs) == 1 else inputs
+        layers = [
+            self.conv(self.channels[0], stem.kernel_size, stem.strides),
+            batch_norm(),
+            keras.layers.ReLU(),
+        ]
+        if stem.max_pool:
+            layers.append(keras.layers.MaxPool2D(3, 2, "same", "channels_last"))
+        x = make_stem(layers)(x)
+        for i, num_blocks in enumerate(self.num_blocks):
+            stage = _Stage(
+                name=f"stage{i + 1}",
+                num_blocks=num_blocks,
+                filters=self.channels[i + 1] * (4 if self.bottleneck else 1),
+                strides=1 if i == 0 else 2,
+                # The stem ends in BN-ReLU.
+                preactivation=i > 0,
+            )
+            x = make_stage(x, stage)
+        model = keras.Model(inputs, self._head(x, stem), name=self.name)
+        if self.weights is not None:
+            model.load_weights(self.weights)
+        return model
+
+    def _head(self, x, stem):
+        x = batch_norm(name="final_bn")(x)
+        x = keras.layers.ReLU(name="final_relu")(x)
+        if self.include_top or self.pooling == "avg":
+            x = keras.layers.GlobalAveragePooling2D("channels_last", name="avg_pool")(x)
+        elif self.pooling == "max":
+            x = keras.layers.GlobalMaxPooling2D("channels_last", name="max_pool")(x)
+        if not self.include_top:
+            return x
+        return keras.layers.Dense(
+            stem.classes if self.classes is None else self.classes,
+            activation=self.classifier_activation,
             kernel_initializer=keras.initializers.VarianceScaling(
                 1.0, "fan_in", "uniform"
             ),
-            kernel_regularizer=kernel_regularizer,
-            # Under a mixed policy too, probabilities need the full precision.
+            kernel_regularizer=self.kernel_regularizer,
+            # Under a mixed policy, too, probabilities need the full precision.
             dtype=keras.config.dtype_policy().variable_dtype,
             name="predictions",
         )(x)
-    model = keras.Model(inputs, x, name=name)
-    if weights is not None:
-        model.load_weights(weights)
-    return model
+
+    def conv(self, filters, kernel_size, strides=1):
+        """Returns a `Conv2D` without bias, initialized as in the authors' code."""
+        stddev = math.sqrt(2 / (kernel_size * kernel_size * filters))
+        return keras.layers.Conv2D(
+            filters,
+            kernel_size,
+            strides,
+            padding="same",
+            data_format="channels_last",
+            use_bias=False,
+            kernel_initializer=keras.initializers.TruncatedNormal(stddev=stddev),
+            kernel_regularizer=self.kernel_regularizer,
+        )
+
+    def branch(self, filters, strides=1, preactivation=True):
+        """Returns BN-ReLU-conv, two or three times, the first convolution strided.
+
+        Args:
+            filters: channels of the output; the inner width of a bottleneck is a
+                quarter of it.
+            strides: of the first convolution.
+            preactivation: `False` leaves out the first BN-ReLU, as in the first block
+                of the paper's networks.
+        """
+        convs = [(filters, 3), (filters, 3)]
+        if self.bottleneck:
+            convs = [(filters // 4, 1), (filters // 4, 3), (filters, 1)]
+        layers = []
+        for i, (width, kernel_size) in enumerate(convs):
+            if preactivation or i > 0:
+                layers += [batch_norm(), keras.layers.ReLU()]
+            layers.append(self.conv(width, kernel_size, strides if i == 0 else 1))
+        return keras.Sequential(layers)
+
+    def shortcut(self, filters, strides):
+        """Returns a layer from the input of a branch to the shape of its output."""
+        if self.bottleneck:
+            return self.conv(filters, 1, strides)
+        return PoolingShortcut(filters, strides)
 
 
-def _reversible_stage(
-    x,
-    parts,
-    num_blocks,
-    filters,
-    strides,
-    preactivation,
-    name,
-    recompute,
-    fraction_bits,
-):
-    half = filters // 2
-    f = parts.branch(half, strides, preactivation)
-    g = parts.branch(half)
-    blocks = []
-    if strides == 1 and x.shape[-1] == filters:
-        blocks.append(RevBlock(f, g))
+def batch_norm(**kwargs):
+    """Returns a `BatchNormalization` with the constants of the authors' code."""
+    return BatchNormalization(momentum=0.99, epsilon=1e-3, **kwargs)
+
+
+def _reversible_stage(x, stage, network, recompute, fraction_bits):
+    half = stage.filters // 2
+    f = network.branch(half, stage.strides, stage.preactivation)
+    g = network.branch(half)
+    blocks = [
+        RevBlock(network.branch(half), network.branch(half))
+        for _ in range(stage.num_blocks - 1)
+    ]
+    promise_alike(blocks)
+    if stage.strides == 1 and x.shape[-1] == stage.filters:
+        blocks.insert(0, RevBlock(f, g))
     else:
-        x = branches.DownsamplingBlock(
+        x = DownsamplingBlock(
             f,
             g,
-            parts.shortcut(half, strides),
-            parts.shortcut(half, strides),
+            network.shortcut(half, stage.strides),
+            network.shortcut(half, stage.strides),
             recompute=recompute,
-            name=f"{name}_downsampling" if num_blocks > 1 else name,
+            name=f"{stage.name}_downsampling" if blocks else stage.name,
         )(x)
-    for _ in range(num_blocks - 1):
-        blocks.append(RevBlock(parts.branch(half), parts.branch(half)))
     if blocks:
         x = RevSequence(
-            blocks, recompute=recompute, fraction_bits=fraction_bits, name=name
+            blocks, recompute=recompute, fraction_bits=fraction_bits, name=stage.name
         )(x)
     return x
 
 
-def _residual_stage(x, parts, num_blocks, filters, strides, preactivation, name):
-    for i in range(num_blocks):
+def _residual_stage(x, stage, network):
+    for i in range(stage.num_blocks):
         shortcut = x
-        if i == 0 and (strides > 1 or x.shape[-1] != filters):
-            shortcut = parts.shortcut(filters, strides)(x)
-        if i == 0:
-            branch = parts.branch(filters, strides, preactivation)
+        if i > 0:
+            branch = network.branch(stage.filters)
         else:
-            branch = parts.branch(filters)
-        last = i == num_blocks - 1
-        x = keras.layers.Add(name=name if last else f"{name}_block{i + 1}")(
-            [shortcut, branch(x)]
+            branch = network.branch(stage.filters, stage.strides, stage.preactivation)
+            if stage.strides > 1 or x.shape[-1] != stage.filters:
+                shortcut = network.shortcut(stage.filters, stage.strides)(x)
+        last = i == stage.num_blocks - 1
+        add = keras.layers.Add(
+            name=stage.name if last else f"{stage.name}_block{i + 1}"
         )
+        x = add([shortcut, branch(x)])
     return x

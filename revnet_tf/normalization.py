@@ -1,59 +1,18 @@
-"""Batch normalization that spares memory and, in a reversible block, time."""
+"""Batch normalization whose gradient stores less than Keras's."""
 
 import keras
 import tensorflow as tf
 
-from revnet_tf import custom_gradient, reuse, xla
+from revnet_tf import _xla
+
+__all__ = ["BatchNormalization"]
 
 # Of the inputs that TensorFlow's fused operation takes.
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
-class _Reusing(keras.layers.BatchNormalization):
-    """Keras's layer, which in a branch computes the moments of its input once.
-
-    They are kept, two numbers a channel, for the second evaluation: those of the input
-    that it has rebuilt would be less exact.
-    """
-
-    # Private, and Keras has no public place where a layer could bring its own moments.
-    # (The test of how often a step computes them notices if it goes.)
-    def _moments(self, inputs, mask):
-        moments = super()._moments
-        if mask is not None or self.synchronized:
-            return moments(inputs, mask)
-        kept, is_kept = reuse.once(lambda: moments(inputs, mask))
-        if not is_kept:
-            return kept
-        axis = self.axis % len(inputs.shape)
-        shape = [-1 if i == axis else 1 for i in range(len(inputs.shape))]
-
-        def with_gradient(x):
-            mean, variance = map(tf.identity, kept)
-            count = tf.cast(tf.size(x) / tf.size(mean), x.dtype)
-
-            def gradient(d_mean, d_variance):
-                d_mean, d_variance, center = (
-                    tf.reshape(t, shape) for t in (d_mean, d_variance, mean)
-                )
-                return (d_mean + 2 * d_variance * (x - center)) / count
-
-            return [mean, variance], gradient
-
-        return custom_gradient.call(with_gradient, inputs)
-
-
-def reusing(layer):
-    """Returns the layer; for Keras's own, one with its values that is `_Reusing`."""
-    if type(layer) is not keras.layers.BatchNormalization:
-        return layer
-    same = object.__new__(_Reusing)
-    object.__setattr__(same, "__dict__", layer.__dict__)
-    return same
-
-
 @keras.saving.register_keras_serializable("revnet_tf")
-class BatchNormalization(_Reusing):
+class BatchNormalization(keras.layers.BatchNormalization):
     """Keras's layer, with TensorFlow's fused operation for batches of images.
 
     It computes the same. The gradient of the operations that Keras puts it together
@@ -102,7 +61,7 @@ class BatchNormalization(_Reusing):
             and mask is None
             and not self.synchronized
             and not self.renorm
-            and not xla.is_traced()
+            and not _xla.is_traced()
         )
 
     def _float32(self, weight, default):

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from revnet_tf import streams
 from revnet_tf._files import replacing
+from revnet_tf._layer import Observer
 from revnet_tf.layers import RevBlock
 
 # Where training begins to suffer is for the task to say. A gradient of float32 is
@@ -294,15 +294,7 @@ class _Pass:
         }
 
     def _run(self, x, *targets):
-        blocks, errors = {}, {}
-
-        def tell(block, inputs, rebuilt):
-            if isinstance(block, RevBlock):
-                error = _error(inputs, rebuilt)
-                errors[block.path] = tf.maximum(error, errors.get(block.path, error))
-                blocks[block.path] = block
-
-        how = streams.ordinary_backpropagation() if self.stored else streams.watch(tell)
+        observer = Observer(store=True) if self.stored else _Errors()
         variables = self.layer.trainable_variables
         weights = [tf.convert_to_tensor(v.value) for v in variables]
         inputs = [t for t in tf.nest.flatten(x) if t.dtype.is_floating]
@@ -310,14 +302,31 @@ class _Pass:
         scope = keras.StatelessScope(
             list(zip(variables, weights, strict=True)), collect_losses=True
         )
-        with how, scope, tf.GradientTape() as tape:
+        with observer, scope, tf.GradientTape() as tape:
             tape.watch([*inputs, *weights])
             loss = self.loss(self.layer(x, training=True), x, *targets)
         gradients = tape.gradient(loss, [*inputs, *weights])[len(inputs) :]
-        self.blocks = dict(reversed(blocks.items()))
+        errors = {}
+        if not self.stored:
+            self.blocks = dict(reversed(observer.blocks.items()))
+            errors = observer.errors
         # (that of a lookup is sparse)
         gradients = [d if d is None else tf.convert_to_tensor(d) for d in gradients]
         return gradients, errors
+
+
+class _Errors(Observer):
+    """Collects the error of each block, a tensor, by the path of the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.errors = {}, {}
+
+    def reconstructed(self, block, inputs, rebuilt):
+        if isinstance(block, RevBlock):
+            error, path = _error(inputs, rebuilt), block.path
+            self.errors[path] = tf.maximum(error, self.errors.get(path, error))
+            self.blocks[path] = block
 
 
 class _Probe:

@@ -28,7 +28,7 @@ from twins import (
 
 import revnet_tf
 from revnet_tf import RevBlock, RevSequence, models
-from revnet_tf.branches import DownsamplingBlock, PoolingShortcut
+from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
 from revnet_tf.export import export_saved_model
 
 layers = keras.layers

@@ -19,7 +19,7 @@ from twins import (
 )
 
 from revnet_tf import RevBlock, RevSequence, models
-from revnet_tf.branches import DownsamplingBlock, PoolingShortcut
+from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
 
 layers = keras.layers
 

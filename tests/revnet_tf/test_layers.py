@@ -21,7 +21,7 @@ from twins import (
 
 import revnet_tf
 from revnet_tf import RevBlock, RevSequence
-from revnet_tf.branches import DownsamplingBlock, PoolingShortcut
+from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
 
 layers = keras.layers
 

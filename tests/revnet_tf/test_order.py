@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from revnet_tf.order import wait
+from revnet_tf._ordering import wait
 
 DONE = [
     tf.constant([[np.inf]]),

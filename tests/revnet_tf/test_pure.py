@@ -7,7 +7,7 @@ import tensorflow as tf
 from twins import assert_close, images, loss_and_gradients, twins
 
 from revnet_tf import RevBlock, RevSequence, pure
-from revnet_tf.branches import DownsamplingBlock
+from revnet_tf.layers import DownsamplingBlock
 
 layers = keras.layers
 

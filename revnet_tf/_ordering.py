@@ -4,7 +4,7 @@ import math
 
 import tensorflow as tf
 
-from revnet_tf import xla
+from revnet_tf import _xla
 
 
 def wait(done, tensors):
@@ -17,7 +17,7 @@ def wait(done, tensors):
     """
     if tf.executing_eagerly():
         return list(tensors)
-    if not xla.is_traced():
+    if not _xla.is_traced():
         with tf.control_dependencies(done):
             return [tf.identity(t) for t in tensors]
     flat, begin, end = (tf.constant([i]) for i in (-1, 0, 1))

@@ -8,7 +8,7 @@ rounded, and `(x + y) - y` is `x`. (Float64 has 53 digits where float32 has 24.)
 import numpy as np
 import tensorflow as tf
 
-from revnet_tf import xla
+from revnet_tf import _xla
 
 
 def validate(fraction_bits, dtype):
@@ -85,6 +85,6 @@ def check(x, fraction_bits, elementary=False):
             largest,
         ],
     )
-    if elementary or xla.is_traced():
+    if elementary or _xla.is_traced():
         x = tf.where(in_range, x, tf.constant(np.nan, x.dtype))
     return x

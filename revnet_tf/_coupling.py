@@ -1,0 +1,475 @@
+"""Algorithm 1 of the RevNet paper: a run of reversible blocks, and its gradient.
+
+A reversible block maps two streams (x1, x2) to (y1, y2):
+
+    forward    y1 = x1 + f(x2)        y2 = x2 + g(y1)
+    inverse    x2 = y2 - g(y1)        x1 = y1 - f(x2)
+
+`run` applies blocks in order and stores only the last outputs. Its backward pass goes
+from the last block to the first. Each block reconstructs its inputs from its outputs.
+The evaluations of f and g that this takes also give the gradients.
+
+Three rules make this save memory:
+
+- One custom gradient covers the whole run. One for each block would store the outputs
+  of every block.
+- The backward pass waits (`_ordering.wait`). Reconstruction depends on no gradient.
+  Otherwise TensorFlow and XLA schedule all reconstructions first and hold all of them.
+- A run hands the streams that it reconstructed to the run before it (`Handoff`). Runs
+  that are called one after the other then store as little as one.
+
+Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from revnet_tf import _custom_gradient, _fixed_point
+from revnet_tf._ordering import wait
+
+# Blocks. Each is made of pure functions (see `FirstCalls`) and has two methods.
+#
+#   forward(call, *inputs) returns the outputs, and the tensors to store for `backward`.
+#   backward(again, stored, outputs, gradients, reconstruct) returns the inputs, and the
+#   gradients for them. If `reconstruct` is false, the inputs have no further use.
+#
+# `call(function, inputs)` returns outputs. `backward` calls the same functions in
+# reverse order, by `again(function, inputs, after)`: see `SecondCalls`.
+
+
+class Coupling(NamedTuple):
+    """A reversible block.
+
+    Attributes:
+        f, g: functions of one tensor.
+        fraction_bits: of streams in fixed point, or `None`.
+        anchor: whether to store the inputs instead of reconstructing them.
+        elementary: as for `_fixed_point.quantize`.
+    """
+
+    f: Callable
+    g: Callable
+    fraction_bits: int | None = None
+    anchor: bool = False
+    elementary: bool = False
+
+    def forward(self, call, x1, x2):
+        (fx,) = call(self.f, [x2])
+        y1 = add(x1, fx, self.fraction_bits, self.elementary)
+        (gy,) = call(self.g, [y1])
+        y2 = add(x2, gy, self.fraction_bits, self.elementary)
+        return [y1, y2], [x1, x2] if self.anchor else []
+
+    def backward(self, again, stored, outputs, gradients, reconstruct=True):
+        (y1, y2), (d1, d2) = outputs, gradients
+        (y1,), (gy,), pull = again(self.g, [y1], after=[d1, d2])
+        x2 = stored[1] if stored else subtract(y2, gy, self.fraction_bits)
+        (d2,) = wait([x2], [d2])  # y2 and gy are free before `pull` needs memory
+        d1 += pull([d2])[0]
+        (x2,), (fx,), pull = again(self.f, [x2], after=[d1, d2])
+        if stored:
+            x1 = stored[0]
+        elif reconstruct:
+            x1 = subtract(y1, fx, self.fraction_bits)
+            (d1,) = wait([x1], [d1])
+        else:
+            x1 = None
+        d2 += pull([d1])[0]
+        return [x1, x2], [d1, d2]
+
+    def inverse(self, call, y1, y2):
+        x2 = subtract(y2, *call(self.g, [y1]), self.fraction_bits)
+        x1 = subtract(y1, *call(self.f, [x2]), self.fraction_bits)
+        return [x1, x2]
+
+
+class Transition(NamedTuple):
+    """A block whose shortcuts change the shape of its streams. It stores its inputs.
+
+        forward    y1 = shortcut1(x1) + f(x2)        y2 = shortcut2(x2) + g(y1)
+
+    The backward pass recomputes one function at a time. A `Recompute` of the whole
+    would hold the activations of all four.
+    """
+
+    f: Callable
+    g: Callable
+    shortcut1: Callable
+    shortcut2: Callable
+
+    def forward(self, call, x1, x2):
+        y1 = add(*call(self.shortcut1, [x1]), *call(self.f, [x2]))
+        y2 = add(*call(self.shortcut2, [x2]), *call(self.g, [y1]))
+        return [y1, y2], [x1, x2]
+
+    def backward(self, again, stored, outputs, gradients, reconstruct=True):
+        (x1, x2), (y1, _), (d1, d2) = stored, outputs, gradients
+        _, _, pull = again(self.g, [y1], after=[d1, d2])
+        d1 += pull([d2])[0]
+        (x2,), _, pull = again(self.shortcut2, [x2], after=[d1])
+        (dx2,) = pull([d2])
+        (x2,), _, pull = again(self.f, [x2], after=[dx2])
+        dx2 += pull([d1])[0]
+        (x1,), _, pull = again(self.shortcut1, [x1], after=[dx2])
+        return [x1, x2], [*pull([d1]), dx2]
+
+
+class Recompute(NamedTuple):
+    """A block of any function: it stores the inputs and evaluates the function again."""
+
+    function: Callable
+
+    def forward(self, call, *inputs):
+        return call(self.function, inputs), inputs
+
+    def backward(self, again, stored, outputs, gradients, reconstruct=True):
+        inputs, _, pull = again(self.function, stored, after=gradients)
+        return inputs, pull(gradients)
+
+
+class FirstCalls:
+    """Calls the functions of a block in the forward pass.
+
+    A function has no side effects. It takes and returns lists of tensors:
+    `outputs, new_state, losses = function(weights, state, inputs)`.
+
+    Attributes:
+        state: the state after the last call.
+        states: the state before each call.
+        losses: the losses of each call.
+    """
+
+    def __init__(self, weights, state):
+        self.state = state
+        self.states = []
+        self.losses = []
+        self._weights = weights
+
+    def __call__(self, function, inputs):
+        self.states.append(self.state)
+        outputs, self.state, losses = function(self._weights, self.state, inputs)
+        self.losses.append(losses)
+        return outputs
+
+
+class SecondCalls:
+    """Calls the same functions in the backward pass, from the last to the first.
+
+    Args:
+        states, d_losses: for each call the state before it, and the gradients for its
+            losses.
+        last: the gradients for weights that were computed last.
+
+    Attributes:
+        gradients: the sums of the gradients for the weights, `None` for an unused one.
+        last: as the argument, after the last call.
+    """
+
+    def __init__(self, weights, states, d_losses, last=()):
+        self.gradients = [None] * len(weights)
+        self.last = last
+        self._weights = weights
+        self._states = list(states)
+        self._d_losses = list(d_losses)
+
+    def __call__(self, function, inputs, after):
+        """Evaluates `function` again once `after` and the gradients before are there.
+
+        Returns:
+            The inputs, which replace those that were given (see `wait`), the outputs,
+            and `pull(d_outputs)`, which returns the gradients for the inputs.
+        """
+        inputs = wait([*after, *self.last], inputs)
+        outputs, pullback = vjp(function, self._weights, self._states.pop(), inputs)
+
+        def pull(d_outputs):
+            d_inputs, found = pullback(d_outputs, self._d_losses.pop())
+            self.gradients = list(map(_sum, self.gradients, found))
+            # The activations are free once these exist, so the next step waits for them.
+            self.last = [d for d in found if d is not None]
+            with tf.control_dependencies(self.last):
+                return [tf.identity(d) for d in d_inputs]
+
+        return inputs, outputs, pull
+
+
+def vjp(function, weights, state, inputs):
+    """Evaluates a function for its vector-Jacobian product.
+
+    Returns:
+        The outputs, and `pullback(d_outputs, d_losses)`. This can be called once. It
+        returns the gradients for the inputs, and those for the weights (`None` for an
+        unused one).
+    """
+    sources = [*filter(_has_gradient, inputs), *weights]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(sources)
+        outputs, _, losses, read = function.trace(weights, state, inputs)
+
+    def pullback(d_outputs, d_losses):
+        pairs = zip([*outputs, *losses], [*d_outputs, *d_losses], strict=True)
+        targets, d_targets = zip(
+            *(p for p in pairs if _has_gradient(p[0])), strict=True
+        )
+        found = tape.gradient(targets, sources, output_gradients=d_targets)
+        # The gradient of a lookup is sparse.
+        found = [d if d is None else tf.convert_to_tensor(d) for d in found]
+        d_weights = found[len(found) - len(weights) :]
+        function.check(d_weights, read)
+        found = iter(found)
+        d_inputs = [next(found) if _has_gradient(x) else None for x in inputs]
+        return [*map(_or_zeros, d_inputs, inputs)], d_weights
+
+    return outputs, pullback
+
+
+class Step(NamedTuple):
+    """A block in a run.
+
+    Attributes:
+        block: the block.
+        weights, state: the positions of its tensors among those of the run.
+        traces: a dict that blocks share which compute the same function of their
+            tensors: TensorFlow then traces them once. `None`: the block has no twin.
+        tell: `tell(inputs, reconstructed)`, called in the backward pass with the true
+            inputs, which the run stores for it; or `None`.
+    """
+
+    block: Coupling | Transition | Recompute
+    weights: Sequence[int] = ()
+    state: Sequence[int] = ()
+    traces: dict | None = None
+    tell: Callable | None = None
+
+    def forward(self, weights, state, inputs):
+        def forward(weights, state, inputs):
+            call = FirstCalls(weights, state)
+            outputs, stored = self.block.forward(call, *inputs)
+            changes = [
+                None if new is old else new
+                for old, new in zip(state, call.state, strict=True)
+            ]
+            return outputs, changes, call.losses, (stored, call.states)
+
+        return self._traced("forward", forward)(weights, state, inputs)
+
+    def backward(
+        self, weights, stored, d_losses, last, outputs, gradients, reconstruct
+    ):
+        def backward(weights, stored, d_losses, last, outputs, gradients):
+            stored, states = stored
+            again = SecondCalls(weights, states, d_losses, last)
+            found = self.block.backward(again, stored, outputs, gradients, reconstruct)
+            return *found, again.gradients, again.last
+
+        traced = self._traced(("backward", reconstruct), backward)
+        return traced(weights, stored, d_losses, last, outputs, gradients)
+
+    def _traced(self, key, function):
+        if self.traces is None:
+            return function
+        return self.traces.setdefault(key, tf.function(function, autograph=False))
+
+
+class Handoff:
+    """Connects a run to the run that is called on its outputs.
+
+    Forward: it holds the streams, so that the next run need not split their join.
+    Backward, while the gradient is traced: the next run gives back the streams that it
+    reconstructed, and the gradients for them. If it gives nothing (another consumer,
+    another graph), the first run uses the streams that it stored.
+
+    Attributes:
+        streams: list of tensors, the last outputs.
+        pair: the `Pair` that joined them.
+        num_outputs: int, the number of joined tensors.
+        needed: whether the first run uses the streams in its backward pass.
+    """
+
+    def __init__(self, streams, pair, num_outputs, needed):
+        self.streams = streams
+        self.pair = pair
+        self.num_outputs = num_outputs
+        self.needed = needed
+        self._graph = None
+
+    def give_back(self, streams, gradients, joined, last):
+        # In eager mode all outputs are alive anyway.
+        if not tf.executing_eagerly():
+            self._graph = tf.compat.v1.get_default_graph()
+            self._given = streams, gradients, joined, last
+
+    def take(self, joined):
+        """Returns the streams, the gradients whose join is `joined`, and the last ones."""
+        if self._graph is not tf.compat.v1.get_default_graph():
+            return self.streams, self.pair.split(joined), []
+        streams, gradients, given, last = self._given
+        if any(a is not b for a, b in zip(given, joined, strict=True)):
+            # Another consumer of the tensors has added its gradient.
+            gradients = self.pair.split(joined)
+        return streams, gradients, last
+
+
+class Result(NamedTuple):
+    """`outputs`, `state` and `losses` are lists of tensors."""
+
+    outputs: list
+    state: list
+    losses: list
+    handoff: Handoff
+
+
+def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
+    """Applies blocks in order, and stores only the last outputs for the gradient.
+
+    Args:
+        steps: list of `Step`.
+        inputs: list of tensors. Those in floating point have gradients.
+        entry: the `Pair` that splits the inputs into streams.
+        exit: the `Pair` that joins the streams to outputs.
+        weights: the tensors to which the blocks have gradients.
+        state: the tensors that the blocks read and replace, without gradients.
+        received: the `Handoff` of the run whose outputs are `inputs`, or `None`.
+
+    Returns:
+        A `Result`.
+
+    Raises:
+        ValueError: a block reads a trainable variable that is not among `weights`.
+        NotImplementedError: a second or a forward-mode derivative is taken. It would
+            lack the part that comes through the reconstruction.
+    """
+    result = order = None
+
+    def forward(*arguments):
+        nonlocal result
+        if tf.executing_eagerly():
+            # Otherwise an outer tape records, and stores, all operations of the run.
+            arguments = [tf.stop_gradient(t) for t in arguments]
+        inputs_, weights = arguments[: len(inputs)], arguments[len(inputs) :]
+        streams = received.streams if received else entry.split(inputs_)
+        current, losses, stored, told = list(state), [], [], []
+        with tf.GradientTape() as tape:
+            for step in steps:
+                told.append(streams if step.tell else None)
+                own = (
+                    [weights[i] for i in step.weights],
+                    [current[i] for i in step.state],
+                )
+                streams, changes, step_losses, step_stored = step.forward(*own, streams)
+                for i, new in zip(step.state, changes, strict=True):
+                    current[i] = current[i] if new is None else new
+                stored.append(step_stored)
+                losses.append(step_losses)
+        _refuse_foreign_variables(tape.watched_variables())
+        outputs, flat_losses = exit.join(streams), tf.nest.flatten(losses)
+        needed = not isinstance(steps[-1].block, Recompute)
+        handoff = Handoff(streams, exit, len(outputs), needed)
+        result = Result(outputs, current, flat_losses, handoff)
+
+        def backward(*gradients):
+            if order is None:  # `forward` has not returned: a forward-mode derivative
+                _refuse_higher_order()
+            d_outputs, d_losses = (
+                gradients[: len(outputs)],
+                gradients[len(outputs) + 1 :],
+            )
+            d_losses = tf.nest.pack_sequence_as(losses, d_losses)
+            streams, d_streams, last = handoff.take(d_outputs)
+            d_weights = [None] * len(weights)
+            for i in reversed(range(len(steps))):
+                step = steps[i]
+                own = [weights[j] for j in step.weights]
+                reconstruct = bool(i > 0 or step.tell or (received and received.needed))
+                streams, d_streams, found, last = step.backward(
+                    own, stored[i], d_losses[i], last, streams, d_streams, reconstruct
+                )
+                if step.tell:
+                    step.tell(told[i], streams)
+                for j, d in zip(step.weights, found, strict=True):
+                    d_weights[j] = _sum(d_weights[j], d)
+            # Zeros for an unused weight: all replicas must have the same gradients.
+            d_weights = map(_or_zeros, d_weights, weights)
+            found = [*d_streams, *d_weights]
+            found = _custom_gradient.call(_first_order_only, order, *found)
+            d_streams, d_weights = found[: len(d_streams)], found[len(d_streams) :]
+            d_inputs = entry.join(d_streams)
+            if received:
+                received.give_back(streams, d_streams, d_inputs, last)
+            return [*d_inputs, *d_weights]
+
+        return (*outputs, tf.zeros([0]), *flat_losses), backward
+
+    # `order` is empty. It ties the results of `backward` to the arguments of `forward`,
+    # so that a second derivative arrives at `_first_order_only`.
+    found = _custom_gradient.call(forward, *inputs, *weights)
+    count = len(result.outputs)
+    outputs, order, losses = found[:count], found[count], found[count + 1 :]
+    return result._replace(outputs=list(outputs), losses=list(losses))
+
+
+def inverse(steps, outputs, weights=(), state=()):
+    """Returns the streams that reversible blocks map to `outputs`; drops new states."""
+    for step in reversed(steps):
+        call = FirstCalls(
+            [weights[i] for i in step.weights], [state[i] for i in step.state]
+        )
+        outputs = step.block.inverse(call, *outputs)
+    return outputs
+
+
+def add(x, change, fraction_bits=None, elementary=False):
+    """Returns `x + change` without broadcasting, which could not be undone.
+
+    In fixed point the sum is exact, and has the gradient of the plain sum.
+    """
+    if fraction_bits is None:
+        return tf.add_n([x, change])
+    change = _fixed_point.quantize(change, fraction_bits, elementary)
+    return _fixed_point.check(tf.add_n([x, change]), fraction_bits, elementary)
+
+
+def subtract(y, change, fraction_bits=None):
+    """Returns the `x` from which `add` computed `y`."""
+    if fraction_bits is not None:
+        change = _fixed_point.quantize(change, fraction_bits)
+    return y - change
+
+
+def _sum(a, b):
+    """Returns the sum of two gradients; `None` stands for none."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _has_gradient(tensor):
+    return tensor.dtype.is_floating or tensor.dtype.is_complex
+
+
+def _or_zeros(gradient, like):
+    return tf.zeros_like(like) if gradient is None else gradient
+
+
+def _first_order_only(order, *gradients):
+    return gradients, _refuse_higher_order
+
+
+def _refuse_higher_order(*_):
+    raise NotImplementedError(
+        "Second derivatives and forward-mode derivatives cannot pass through "
+        "activations that are reconstructed. Set `recompute=False` on the reversible "
+        "layers for this computation: the values are the same."
+    )
+
+
+def _refuse_foreign_variables(variables):
+    if variables:
+        names = ", ".join(sorted(v.name for v in variables))
+        raise ValueError(
+            f"Expected a branch that uses its own trainable variables; it also uses "
+            f"{names}, which would get no gradient. Assign the layer that owns them to "
+            "an attribute of the branch, or set `recompute=False`."
+        )

@@ -1,0 +1,347 @@
+"""Keras layers as pure functions of their variables, for `_coupling.run`.
+
+A layer is called in a `keras.StatelessScope`. The scope gives it the values of its
+variables and collects the new values. A second call with the same values then does the
+same. Effects that cannot be repeated are refused: otherwise they would happen twice, or
+get no gradient.
+"""
+
+import contextlib
+import inspect
+import json
+import re
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from revnet_tf import _coupling
+
+# Operations with another result, or a further effect, when they are executed again.
+_STATEFUL = re.compile(
+    "(?!Stateless|RandomIndexShuffle)"
+    ".*(Random|Multinomial|TruncatedNormal|Rng|Assign|ResourceScatter|"
+    "Stateful(?!PartitionedCall))"
+)
+
+
+class CallArguments(NamedTuple):
+    """The arguments of branches beside their inputs.
+
+    Attributes:
+        training: bool.
+        masks: for each stream its mask, or `None`.
+        extra: dict, the further keyword arguments of the block's call.
+        fraction_bits: of streams in fixed point, or `None`.
+    """
+
+    training: bool
+    masks: tuple
+    extra: dict
+    fraction_bits: int | None = None
+
+    def of(self, layer, stream):
+        """Returns the arguments that `layer` takes, as a branch of that stream."""
+        named = {k: v for k, v in self.extra.items() if accepts(layer, k)}
+        mask = self.masks[stream]
+        if mask is not None and "mask" in inspect.signature(layer.call).parameters:
+            named["mask"] = mask
+        return named
+
+    def function(self, layer, stream, owner=None):
+        """Returns a branch as a function from a list of tensors to a list.
+
+        Args:
+            layer: the branch.
+            stream: int, the stream that it takes.
+            owner: the `Variables` with which the function is pure; `None` for an
+                ordinary function.
+        """
+        arguments = self.of(layer, stream)
+
+        def call(x, **arguments):
+            return [tf.cast(layer(x, training=self.training, **arguments), x.dtype)]
+
+        if owner is None:
+            # The gradients of a branch for its input are added up before the gradient of
+            # the other stream is, as in the recomputation: both sums are equal.
+            return lambda inputs: call(*map(tf.identity, inputs), **arguments)
+        return owner.function(layer.name, call, arguments)
+
+
+class Variables:
+    """The variables of a layer.
+
+    Attributes:
+        weights: the variables with gradients, and the floating-point tensors among the
+            arguments of its functions.
+        state: the other variables.
+    """
+
+    def __init__(self, layer):
+        # A frozen layer has no `trainable_variables`, even if one of its layers is
+        # trainable again.
+        self.weights = [v for v in layer.variables if v.trainable]
+        self.state = [v for v in layer.variables if not v.trainable]
+
+    def function(self, name, call, arguments):
+        """Returns a `Function`.
+
+        Args:
+            name: str, the name of the layer, for messages.
+            call: `call(*inputs, **arguments)` returns a list of tensors.
+            arguments: dict of nested structures, sparse and ragged tensors among them.
+        """
+        given = tf.nest.flatten(arguments, expand_composites=True)
+        where = [i for i, value in enumerate(given) if _is_differentiable(value)]
+        first = len(self.weights)
+        self.weights += [given[i] for i in where]
+
+        def apply(weights, state, inputs):
+            filled = list(given)
+            for i, value in zip(where, weights[first:], strict=False):
+                filled[i] = value
+            packed = tf.nest.pack_sequence_as(arguments, filled, expand_composites=True)
+            scope = _Scope(name, self, weights, state)
+            with scope:
+                outputs = _InACall(name="branch", autocast=False)(
+                    function=lambda: call(*inputs, **packed)
+                )
+            read = [id(v) in scope.read for v in self.weights]
+            return outputs, scope.new_values(self.state), scope.losses, read
+
+        return Function(name, apply)
+
+
+class Function:
+    """A pure function of weights, state and inputs, as `_coupling` calls it."""
+
+    def __init__(self, name, apply):
+        self._name = name
+        self._apply = apply
+        self._first_read = None
+
+    def __call__(self, weights, state, inputs):
+        return self.trace(weights, state, inputs)[:3]
+
+    def trace(self, weights, state, inputs):
+        """Returns also for each weight whether the layer read it."""
+        *results, read = self._apply(weights, state, inputs)
+        self._first_read = self._first_read or read
+        if self._first_read != read:
+            raise ValueError(
+                f"{self._name} reads its weights when it is called first, and not when "
+                "it is called again. A `tf.function` does that: it goes on using the "
+                "value of its first call. Remove the decorator (the training step is a "
+                "graph anyway), or set `recompute=False` on the block."
+            )
+        return *results, read
+
+    def check(self, gradients, read):
+        """Refuses a layer that reads a weight and gives no gradient for it."""
+        if any(r and d is None for d, r in zip(gradients, read, strict=True)):
+            raise ValueError(
+                f"{self._name} reads a trainable weight, but no gradient reaches it. A "
+                "custom gradient or rematerialization inside a branch expects weights "
+                "that are variables, and these are tensors here. Remove it (the block "
+                "recomputes already), or set `recompute=False` on the block."
+            )
+
+
+def steps(blocks):
+    """Returns blocks as steps of a run, and the variables of the run.
+
+    Args:
+        blocks: list of `(block, variables, traces, tell)`: see `_coupling.Step`.
+
+    Returns:
+        The steps, the weights and the state. The variables of several blocks stand in
+        the two lists once.
+    """
+    weights, state, found = [], [], []
+    for block, variables, traces, tell in blocks:
+        own_weights = _positions(variables.weights, weights)
+        own_state = _positions(variables.state, state)
+        found.append(_coupling.Step(block, own_weights, own_state, traces, tell))
+    return found, weights, state
+
+
+def values(variables):
+    """Returns the present values of variables, or of tensors, as tensors."""
+    return [
+        tf.convert_to_tensor(v.value if isinstance(v, keras.Variable) else v)
+        for v in variables
+    ]
+
+
+def likeness(layer, branches):
+    """Returns a text that is equal for layers which differ in names and values only.
+
+    Args:
+        layer: a layer.
+        branches: list of the layers in it that its call depends on.
+    """
+    # `_flatten_layers` finds layers in all attributes; no public method does.
+    names = {
+        inner.name: f"layer {i}" for i, inner in enumerate(layer._flatten_layers())
+    }
+
+    def nameless(config):
+        if isinstance(config, dict):
+            return {k: nameless(v) for k, v in config.items() if k != "trainable"}
+        if isinstance(config, (list, tuple)):
+            return [nameless(v) for v in config]
+        return names.get(config, config) if isinstance(config, str) else config
+
+    config = [keras.saving.serialize_keras_object(branch) for branch in branches]
+    shapes = [(v.shape, v.dtype) for v in layer.variables]
+    return json.dumps([nameless(config), shapes], sort_keys=True, default=str)
+
+
+@contextlib.contextmanager
+def repeatable_operations():
+    """Refuses operations, added to a graph in the context, that cannot be repeated.
+
+    Raises:
+        ValueError: naming the operations.
+    """
+    if tf.executing_eagerly():
+        yield
+        return
+    graph = tf.compat.v1.get_default_graph()
+    # The replicas of a strategy take turns at one graph, in name scopes of their own.
+    scope = tf.get_current_name_scope()
+    first = len(graph.get_operations())
+    yield
+    added = [op for op in graph.get_operations()[first:] if op.name.startswith(scope)]
+    kinds = {op.type for op in added}
+    called = {name for op in added for name in _functions(op.node_def)}
+    if called:
+        library = graph.as_graph_def().library.function
+        nodes = {f.signature.name: f.node_def for f in library}
+        ahead = list(called)
+        while ahead:
+            for node in nodes.get(ahead.pop(), ()):
+                kinds.add(node.op)
+                new = {*_functions(node)} - called
+                ahead += new
+                called |= new
+    if found := sorted(kind for kind in kinds if _STATEFUL.match(kind)):
+        raise ValueError(
+            f"Expected a branch that can be repeated; it uses {', '.join(found)}, with "
+            "another result in the recomputation. Draw random numbers with "
+            "`keras.random` and a `keras.random.SeedGenerator` of the layer, store "
+            "state in the layer's own variables (`add_weight`), or set "
+            "`recompute=False` on the block."
+        )
+
+
+def _functions(node):
+    """Yields the names of the functions that an operation of a graph calls."""
+    for value in node.attr.values():
+        yield from (f.name for f in (value.func, *value.list.func) if f.name)
+
+
+def trace(steps, inputs, weights, state):
+    """Traces steps that ran in eager mode, under `repeatable_operations`.
+
+    Args:
+        inputs, weights, state: the lists of tensors of the run.
+    """
+
+    @tf.function(autograph=False)
+    def forward(streams, weights, state):
+        with repeatable_operations():
+            for step in steps:
+                own = [weights[i] for i in step.weights], [state[i] for i in step.state]
+                streams, *_ = step.forward(*own, streams)
+        return streams
+
+    specs = tf.nest.map_structure(
+        lambda t: tf.TensorSpec(t.shape, t.dtype), (list(inputs), weights, state)
+    )
+    forward.get_concrete_function(*specs)
+
+
+def accepts(layer, name):
+    """Returns whether the `call` of a layer takes an argument of that name."""
+    parameters = inspect.signature(layer.call).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+class _Scope(keras.StatelessScope):
+    """Gives a layer its values, collects the new ones, and refuses side effects."""
+
+    def __init__(self, name, variables, weights, state):
+        super().__init__(collect_losses=True)
+        self._weights = {id(v) for v in variables.weights}
+        values = [*weights, *state]
+        for v, value in zip(
+            [*variables.weights, *variables.state], values, strict=True
+        ):
+            self.state_mapping[id(v)] = value
+        self.read = set()
+        self._name = name
+        self._graph = _current_graph()
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is not None:
+            self.read.add(id(variable))
+        return value
+
+    def add_update(self, update):
+        variable, value = update
+        if id(variable) not in self.state_mapping:
+            raise ValueError(
+                f"{self._name} changes {variable.path}, which is not among its "
+                "`variables`. The states of a stateful RNN are not, nor is Keras's "
+                "global seed generator. Create the variable with `add_weight`, or as a "
+                "`keras.random.SeedGenerator` of the layer, or set `recompute=False` "
+                "on the block."
+            )
+        if id(variable) in self._weights:
+            raise ValueError(
+                f"{self._name} assigns its own trainable weight {variable.path} when it "
+                "is called, which the recomputation cannot follow; set "
+                "`recompute=False` on the block."
+            )
+        if _current_graph() is not self._graph:
+            raise ValueError(
+                f"{self._name} changes its variable {variable.path} inside `tf.cond`, "
+                "`tf.while_loop` or `tf.function`, from where the new value cannot "
+                "leave; set `recompute=False` on the block."
+            )
+        super().add_update(update)
+
+    def new_values(self, state):
+        return [self.state_mapping[id(v)] for v in state]
+
+
+class _InACall(keras.layers.Layer):
+    """Calls a function as part of a layer's call.
+
+    Keras clears the losses of a layer at the start of an outermost call. A second call
+    of a branch must not clear those of the forward pass.
+    """
+
+    def call(self, function):
+        return function()
+
+
+def _current_graph():
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _is_differentiable(value):
+    return tf.is_tensor(value) and value.dtype.is_floating
+
+
+def _positions(values, among):
+    """Returns where `values` stand in the list `among`; appends missing ones."""
+    known = {id(v): i for i, v in enumerate(among)}
+    for v in values:
+        if id(v) not in known:
+            known[id(v)] = len(among)
+            among.append(v)
+    return [known[id(v)] for v in values]
