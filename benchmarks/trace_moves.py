@@ -2,11 +2,11 @@
 
     python -m benchmarks.trace_moves
 
-The step is traced as a graph once, with branches of Keras's batch normalization, ReLU and
-a convolution. For the forward and for the backward pass the script prints two numbers:
-the functions of the library that are entered, each counted once, and how often the next
-call is in another file than the one before. A reader who follows the step through the
-code reads as many functions and makes as many moves.
+The step is traced as a graph once. Its branches are Keras's batch normalization, ReLU
+and a convolution. For the forward and for the backward pass the script prints two
+numbers: the functions of the library that are entered, each counted once, and how often
+the next call is in another file than the one before. A reader who follows the step
+through the code reads as many functions and makes as many moves.
 """
 
 import itertools

@@ -117,7 +117,7 @@ class Transition(NamedTuple):
 
 
 class Recompute(NamedTuple):
-    """A block of any function: it stores the inputs and evaluates the function again."""
+    """A block of any function: stores the inputs, and evaluates the function again."""
 
     function: Callable
 
@@ -187,7 +187,7 @@ class SecondCalls:
         def pull(d_outputs):
             d_inputs, found = pullback(d_outputs, self._d_losses.pop())
             self.gradients = list(map(_sum, self.gradients, found))
-            # The activations are free once these exist, so the next step waits for them.
+            # The activations are free once these exist: the next step waits for them.
             self.last = [d for d in found if d is not None]
             with tf.control_dependencies(self.last):
                 return [tf.identity(d) for d in d_inputs]
@@ -302,7 +302,7 @@ class Handoff:
             self._given = streams, gradients, joined, last
 
     def take(self, joined):
-        """Returns the streams, the gradients whose join is `joined`, and the last ones."""
+        """Returns the streams, the gradients with that join, and the last ones."""
         if self._graph is not tf.compat.v1.get_default_graph():
             return self.streams, self.pair.split(joined), []
         streams, gradients, given, last = self._given
@@ -350,51 +350,38 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
             arguments = [tf.stop_gradient(t) for t in arguments]
         inputs_, weights = arguments[: len(inputs)], arguments[len(inputs) :]
         streams = received.streams if received else entry.split(inputs_)
-        current, losses, stored, told = list(state), [], [], []
         with tf.GradientTape() as tape:
-            for step in steps:
-                told.append(streams if step.tell else None)
-                own = (
-                    [weights[i] for i in step.weights],
-                    [current[i] for i in step.state],
-                )
-                streams, changes, step_losses, step_stored = step.forward(*own, streams)
-                for i, new in zip(step.state, changes, strict=True):
-                    current[i] = current[i] if new is None else new
-                stored.append(step_stored)
-                losses.append(step_losses)
+            streams, new_state, losses, stored = _forward(
+                steps, streams, weights, state
+            )
         _refuse_foreign_variables(tape.watched_variables())
         outputs, flat_losses = exit.join(streams), tf.nest.flatten(losses)
         needed = not isinstance(steps[-1].block, Recompute)
         handoff = Handoff(streams, exit, len(outputs), needed)
-        result = Result(outputs, current, flat_losses, handoff)
+        result = Result(outputs, new_state, flat_losses, handoff)
 
         def backward(*gradients):
             if order is None:  # `forward` has not returned: a forward-mode derivative
-                _refuse_higher_order()
-            d_outputs, d_losses = (
-                gradients[: len(outputs)],
-                gradients[len(outputs) + 1 :],
+                raise NotImplementedError(_HIGHER_ORDER)
+            count = len(outputs)
+            d_outputs, d_order, d_losses = (
+                gradients[:count],
+                gradients[count],
+                tf.nest.pack_sequence_as(losses, gradients[count + 1 :]),
             )
-            d_losses = tf.nest.pack_sequence_as(losses, d_losses)
             streams, d_streams, last = handoff.take(d_outputs)
-            d_weights = [None] * len(weights)
-            for i in reversed(range(len(steps))):
-                step = steps[i]
-                own = [weights[j] for j in step.weights]
-                reconstruct = bool(i > 0 or step.tell or (received and received.needed))
-                streams, d_streams, found, last = step.backward(
-                    own, stored[i], d_losses[i], last, streams, d_streams, reconstruct
+            needed = bool(received and received.needed)
+            streams, d_streams, d_weights, last = _backward(
+                steps, stored, weights, d_losses, streams, d_streams, last, needed
+            )
+            if not _custom_gradient.is_traced_for_saving(d_order):
+                _, *found = _custom_gradient.call(
+                    _first_order_only, order, *d_streams, *d_weights
                 )
-                if step.tell:
-                    step.tell(told[i], streams)
-                for j, d in zip(step.weights, found, strict=True):
-                    d_weights[j] = _sum(d_weights[j], d)
-            # Zeros for an unused weight: all replicas must have the same gradients.
-            d_weights = map(_or_zeros, d_weights, weights)
-            found = [*d_streams, *d_weights]
-            found = _custom_gradient.call(_first_order_only, order, *found)
-            d_streams, d_weights = found[: len(d_streams)], found[len(d_streams) :]
+                d_streams, d_weights = (
+                    found[: len(d_streams)],
+                    found[len(d_streams) :],
+                )
             d_inputs = entry.join(d_streams)
             if received:
                 received.give_back(streams, d_streams, d_inputs, last)
@@ -408,6 +395,49 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
     count = len(result.outputs)
     outputs, order, losses = found[:count], found[count], found[count + 1 :]
     return result._replace(outputs=list(outputs), losses=list(losses))
+
+
+def _forward(steps, streams, weights, state):
+    """Applies the blocks from the first to the last.
+
+    Returns:
+        The streams, the state, and for each block its losses, and what it stores.
+    """
+    state, losses, stored = list(state), [], []
+    for step in steps:
+        inputs = streams if step.tell else None
+        own = [weights[i] for i in step.weights], [state[i] for i in step.state]
+        streams, changes, step_losses, step_stored = step.forward(*own, streams)
+        for i, new in zip(step.state, changes, strict=True):
+            state[i] = state[i] if new is None else new
+        losses.append(step_losses)
+        stored.append((step_stored, inputs))
+    return streams, state, losses, stored
+
+
+def _backward(
+    steps, stored, weights, d_losses, streams, d_streams, last, inputs_needed
+):
+    """Goes through the blocks from the last to the first.
+
+    Returns:
+        The inputs of the run as streams, the gradients for them and for the weights,
+        and the gradients that were computed last.
+    """
+    d_weights = [None] * len(weights)
+    for i in reversed(range(len(steps))):
+        step, (step_stored, inputs) = steps[i], stored[i]
+        own = [weights[j] for j in step.weights]
+        reconstruct = bool(i > 0 or inputs_needed or step.tell)
+        streams, d_streams, found, last = step.backward(
+            own, step_stored, d_losses[i], last, streams, d_streams, reconstruct
+        )
+        if step.tell:
+            step.tell(inputs, streams)
+        for j, d in zip(step.weights, found, strict=True):
+            d_weights[j] = _sum(d_weights[j], d)
+    # Zeros for an unused weight: all replicas must have the same gradients.
+    return streams, d_streams, [*map(_or_zeros, d_weights, weights)], last
 
 
 def inverse(steps, outputs, weights=(), state=()):
@@ -453,16 +483,22 @@ def _or_zeros(gradient, like):
     return tf.zeros_like(like) if gradient is None else gradient
 
 
+_HIGHER_ORDER = (
+    "Second derivatives and forward-mode derivatives cannot pass through activations "
+    "that are reconstructed. Set `recompute=False` on the reversible layers for this "
+    "computation: the values are the same."
+)
+
+
 def _first_order_only(order, *gradients):
-    return gradients, _refuse_higher_order
+    def gradient(d_order, *d_gradients):
+        if not _custom_gradient.is_traced_for_saving(d_order):
+            raise NotImplementedError(_HIGHER_ORDER)
+        # The loaded function raises when it computes a second derivative.
+        tf.debugging.Assert(False, [_HIGHER_ORDER])
+        return d_order, *d_gradients
 
-
-def _refuse_higher_order(*_):
-    raise NotImplementedError(
-        "Second derivatives and forward-mode derivatives cannot pass through "
-        "activations that are reconstructed. Set `recompute=False` on the reversible "
-        "layers for this computation: the values are the same."
-    )
+    return (tf.identity(order), *gradients), gradient
 
 
 def _refuse_foreign_variables(variables):

@@ -1,4 +1,4 @@
-"""Custom gradients that can be let go."""
+"""Custom gradients that are freed with their graph, and can be saved."""
 
 import weakref
 
@@ -6,12 +6,12 @@ import tensorflow as tf
 
 
 def call(function, *arguments):
-    """Returns `tf.custom_gradient(function)(*arguments)`, which can be let go.
+    """Returns `tf.custom_gradient(function)(*arguments)`, freed with its graph.
 
     In a graph TensorFlow registers the gradient function and the outputs of a custom
-    gradient by name, for ever: the graph, the layers and the weights of every model
-    that was trained would stay. What is registered here holds none of them; the
-    operation holds the gradient function, and goes with its graph.
+    gradient by name and never removes them. The graph, the layers and the weights of
+    every trained model would stay alive. This function registers weak references only;
+    the operation owns the gradient function.
 
     Args:
         function: returns a sequence of tensors, at least one, and the gradient
@@ -36,3 +36,16 @@ def call(function, *arguments):
     # TensorFlow asks only how many there are.
     registered[:] = [None] * len(registered)
     return outputs
+
+
+def is_traced_for_saving(d_unused):
+    """Returns whether TensorFlow traces a gradient function for a SavedModel.
+
+    `tf.saved_model.save` traces the gradient function of every custom gradient in the
+    graphs that it writes, with a placeholder for each output. A derivative passes
+    zeros for an output that no operation uses.
+
+    Args:
+        d_unused: tensor, the gradient for an output that no operation uses.
+    """
+    return not tf.executing_eagerly() and d_unused.op.type == "Placeholder"

@@ -63,8 +63,8 @@ class CallArguments(NamedTuple):
             return [tf.cast(layer(x, training=self.training, **arguments), x.dtype)]
 
         if owner is None:
-            # The gradients of a branch for its input are added up before the gradient of
-            # the other stream is, as in the recomputation: both sums are equal.
+            # The gradients of a branch for its input are summed before the gradient of
+            # the other stream is added, as in the recomputation: equal sums.
             return lambda inputs: call(*map(tf.identity, inputs), **arguments)
         return owner.function(layer.name, call, arguments)
 
@@ -198,6 +198,12 @@ def likeness(layer, branches):
     return json.dumps([nameless(config), shapes], sort_keys=True, default=str)
 
 
+def trainability(layer):
+    """Returns what is trainable of a layer: its layers, and their variables."""
+    inner = [x.trainable for x in layer._flatten_layers()]
+    return *inner, *(v.trainable for v in layer.variables)
+
+
 @contextlib.contextmanager
 def repeatable_operations():
     """Refuses operations, added to a graph in the context, that cannot be repeated.
@@ -302,9 +308,9 @@ class _Scope(keras.StatelessScope):
             )
         if id(variable) in self._weights:
             raise ValueError(
-                f"{self._name} assigns its own trainable weight {variable.path} when it "
-                "is called, which the recomputation cannot follow; set "
-                "`recompute=False` on the block."
+                f"{self._name} assigns its own trainable weight {variable.path} in its "
+                "call, which the recomputation cannot follow; set `recompute=False` on "
+                "the block."
             )
         if _current_graph() is not self._graph:
             raise ValueError(

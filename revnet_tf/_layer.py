@@ -159,7 +159,7 @@ class RunLayer(keras.layers.Layer):
         return inputs
 
     def _received(self, inputs, entry):
-        """Returns the handoff of the run whose outputs are exactly `inputs`, or `None`."""
+        """Returns the handoff of the run that returned `inputs`, or `None`."""
         origins = [getattr(x, _ORIGIN, None) for x in inputs]
         if origins[0] is None or tf.executing_eagerly():
             return None
@@ -219,8 +219,8 @@ class RunLayer(keras.layers.Layer):
         for name in extra:
             if not any(_functional.accepts(layer, name) for layer in self.branches()):
                 raise TypeError(
-                    f"{self.name} got an unexpected argument {name!r}: the call of none "
-                    "of its branches names it."
+                    f"{self.name} got an unexpected argument {name!r}: the call of "
+                    "none of its branches names it."
                 )
         return CallArguments(_static_bool(training), masks, extra, self.fraction_bits)
 
@@ -228,8 +228,8 @@ class RunLayer(keras.layers.Layer):
         """Returns nested tensors in the dtype of the layer."""
         if any(tf.as_dtype(x.dtype).is_complex for x in tf.nest.flatten(inputs)):
             raise ValueError(
-                f"{self.name} takes real numbers, and got complex ones; give it real and "
-                "imaginary parts as channels, for example."
+                f"{self.name} takes real numbers, and got complex ones; give it real "
+                "and imaginary parts as channels, for example."
             )
         # Keras casts floating-point inputs only; integers would truncate the sums.
         return tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
@@ -297,7 +297,7 @@ class PairLayer(RunLayer):
 
 
 def promise_alike(layers):
-    """Promises that layers compute one function of their variables, to trace it once."""
+    """Promises that layers compute one function of their variables: traced once."""
     promise = object()
     for layer in layers:
         layer._promise = promise
@@ -325,7 +325,7 @@ def _shared_traces(layers):
                 "configuration or other shapes now. Save and load the model after such "
                 "a change: its layers are then traced one by one."
             )
-        trainable = tuple(v.trainable for v in layer.variables)
+        trainable = _functional.trainability(layer)
         key = layer._promise, trainable, getattr(layer, "anchor", False)
         found.append(traces.setdefault(key, {}))
     return found

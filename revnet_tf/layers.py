@@ -43,9 +43,9 @@ class _ReversibleLayer(PairLayer):
             raise ValueError(f"{self.name} has no weights yet; call or build it first.")
         if any(isinstance(y, keras.KerasTensor) for y in tf.nest.flatten(outputs)):
             raise ValueError(
-                f"Expected tensors with values, got a symbolic KerasTensor. Call "
-                f"`{self.name}.inverse` in the `call` of a layer of your own, which the "
-                "model then calls."
+                "Expected tensors with values, got a symbolic KerasTensor. Call "
+                f"`{self.name}.inverse` in the `call` of a layer of your own, and that "
+                "layer in the model."
             )
         outputs = self.cast(tf.nest.map_structure(tf.convert_to_tensor, outputs))
         self.stream_shapes(tf.nest.map_structure(lambda y: tuple(y.shape), outputs))
@@ -129,6 +129,8 @@ class RevBlock(_ReversibleLayer):
     Reference:
         Gomez et al., 2017, section 3.1, https://arxiv.org/abs/1707.04585
     """
+
+    LAYERS = ("f", "g")
 
     def __init__(
         self,
@@ -365,8 +367,7 @@ class DownsamplingBlock(PairLayer):
         if f != s1 or g != s2:
             raise ValueError(
                 f"{self.name}: the branches map to {f} and {g}, their shortcuts to "
-                f"{s1} and {s2}; each pair must agree. (A pooling shortcut needs a "
-                "height and width that its strides divide.)"
+                f"{s1} and {s2}; each pair must agree."
             )
 
     def block(self, arguments, owner=None):

@@ -287,7 +287,7 @@ class _Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """The arguments that all networks share (see `RevNet`), and what is made of them."""
+    """The arguments that all networks share (see `RevNet`), and their parts."""
 
     num_blocks: Sequence[int]
     channels: Sequence[int]

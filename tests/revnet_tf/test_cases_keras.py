@@ -28,8 +28,8 @@ from twins import (
 
 import revnet_tf
 from revnet_tf import RevBlock, RevSequence, models
-from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
 from revnet_tf.export import export_saved_model
+from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
 
 layers = keras.layers
 

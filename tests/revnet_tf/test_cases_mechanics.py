@@ -24,8 +24,10 @@ from twins import (
 )
 
 from benchmarks.memory import xla_temporary_bytes
-from revnet_tf import RevBlock, RevSequence, coupling
-from revnet_tf.steps import Branch, Coupling
+from revnet_tf import RevBlock, RevSequence, _coupling
+from revnet_tf._coupling import Coupling, Step
+from revnet_tf._functional import Function
+from revnet_tf._pair import Pair
 
 layers = keras.layers
 
@@ -174,13 +176,22 @@ def test_a05_a_branch_with_another_number_of_gradients_is_refused(read):
     # something about more or fewer weights than it has is caught there.
     weight = tf.constant(2.0)
 
-    def function(weights, state, x):
-        return [weights[0] * x], [], [], [bool(i) and r for i, r in enumerate(read)]
+    class Branch:
+        def __call__(self, weights, state, inputs):
+            return self.trace(weights, state, inputs)[:3]
 
-    branch = Branch([function], [0], [])
+        def trace(self, weights, state, inputs):
+            return [weights[0] * inputs[0]], [], [], read
+
+        check = Function("branch", None).check
+
+    branch = Branch()
     x = images(2, 4)
-    with pytest.raises(ValueError, match="zip"):
-        coupling.run([Coupling(branch, branch)], x, x, [weight])
+    step = Step(Coupling(branch, branch), weights=[0])
+    with pytest.raises(ValueError, match="zip"), tf.GradientTape() as tape:
+        tape.watch(x)
+        result = _coupling.run([step], [x, x], Pair(), Pair(), [weight])
+        tape.gradient(result.outputs, x)
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

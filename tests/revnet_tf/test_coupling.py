@@ -17,8 +17,10 @@ from twins import (
     twins,
 )
 
-from revnet_tf import RevBlock, RevSequence, coupling, streams
-from revnet_tf.steps import Branch, Coupling
+from revnet_tf import RevBlock, RevSequence, _coupling
+from revnet_tf._coupling import Coupling, Step
+from revnet_tf._layer import Observer
+from revnet_tf._pair import Pair
 
 layers = keras.layers
 
@@ -490,10 +492,13 @@ def test_unused_weight_gets_a_zero_gradient():
 
 
 def test_run_refuses_a_branch_with_another_number_of_states():
-    branch = Branch([lambda w, s, x: ([x], [], [], [])], [], [0])
-    x = images(2, 4)
+    def branch(weights, state, inputs):
+        return inputs, [], []
+
+    step = Step(Coupling(branch, branch), state=[0])
+    x, state = images(2, 4), [tf.zeros([])]
     with pytest.raises(ValueError, match="zip"):
-        coupling.run([Coupling(branch, branch)], x, x, state=[tf.zeros([])])
+        _coupling.run([step], [x, x], Pair(), Pair(), state=state)
 
 
 def drifting_sequence(anchors):
@@ -534,11 +539,13 @@ def test_an_anchor_hands_its_true_inputs_on_to_the_block_before(run):
     layer = RevBlock(layers.Dense(2), layers.Dense(2))
     layer.build((None, 4))
     told = []
+    observer = Observer()
+    observer.reconstructed = lambda *args: told.append(args[1:])
 
     def step(x):
         for anchor in (False, True):
             layer.anchor = anchor
-            with streams.watch(lambda *args: told.append(args[1:])):
+            with observer:
                 with tf.GradientTape() as tape:
                     y = 1e4 * layer(100 * x, training=True)
                 tape.gradient(y, layer.trainable_variables[0].value)

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from twins import images, loss_and_gradients, twins
 
-from revnet_tf import RevBlock, RevSequence, fixed_point, models, numerics
-from revnet_tf.steps import add, subtract
+from revnet_tf import RevBlock, RevSequence, _fixed_point, models, numerics
+from revnet_tf._coupling import add, subtract
 
 layers = keras.layers
 
@@ -57,7 +57,7 @@ def test_numbers_become_the_nearest_multiples_of_a_quarter():
     x = tf.constant([0.1, 0.125, 0.13, 0.375, -0.3, 5.0])
     expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # halves to the even multiple
     for elementary in (True, False):
-        quantized = fixed_point.quantize(x, 2, elementary)
+        quantized = _fixed_point.quantize(x, 2, elementary)
         np.testing.assert_array_equal(quantized, expected)
 
 
@@ -66,7 +66,7 @@ def test_rounding_is_exact_and_its_gradient_one(elementary):
     x = tf.constant(np.random.default_rng(0).normal(size=10_000) * 3, tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = fixed_point.convert(x, 10, elementary)
+        y = _fixed_point.convert(x, 10, elementary)
     np.testing.assert_array_equal(y, np.rint(x * 2.0**10) / 2**10)
     np.testing.assert_array_equal(tape.gradient(y, x), np.ones(10_000))
 
@@ -140,7 +140,7 @@ def test_blocks_of_different_formats_do_not_spoil_each_other(formats, same_sums)
 
 def test_inverse_returns_the_very_bits(run):
     layer = RevSequence(blocks(20), fraction_bits=10)
-    x = fixed_point.quantize(images(4, 4, 4, 4), 10)
+    x = _fixed_point.quantize(images(4, 4, 4, 4), 10)
     layer.build(x.shape)
     back = run(lambda x: layer.inverse(layer(x, training=False)))(x)
     np.testing.assert_array_equal(back, x)

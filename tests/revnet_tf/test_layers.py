@@ -163,11 +163,44 @@ def test_three_streams_are_refused():
         dense_block()([images(2, 4)] * 3)
 
 
-def test_nested_sequences_are_flattened():
-    blocks = [dense_block() for _ in range(4)]
-    inner = RevSequence(blocks[1:3])
-    sequence = RevSequence([blocks[0], inner, RevSequence([blocks[3]])])
-    assert list(sequence.blocks) == blocks
+def test_nested_sequences_are_one_run_and_stay_as_they_were(run):
+    def make():
+        blocks = [dense_block() for _ in range(5)]
+        stored = RevSequence(blocks[3:], recompute=False)
+        return RevSequence([blocks[0], RevSequence(blocks[1:3]), stored])
+
+    layer, twin = twins(make, (None, 8))
+    order = [recompute for _, recompute in layer.blocks_in_order()]
+    assert order == [True, True, True, False, False]
+    assert [block.recompute for block in layer.blocks] == [True, True, False]
+    assert all(inner.recompute for block in layer.blocks[1:] for inner in block.blocks)
+    x = images(5, 8)
+    got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_sequence_in_a_sequence_stays_frozen():
+    frozen = RevSequence([dense_block()])
+    frozen.trainable = False
+    sequence = RevSequence([dense_block(), frozen])
+    sequence.build((None, 8))
+    assert len(sequence.trainable_variables) == 4
+    assert len(loss_and_gradients(sequence, images(5, 8))) == 2 + 4
+
+
+def test_constructor_leaves_its_blocks_as_they_were():
+    blocks = [dense_block() for _ in range(2)]
+    inner = RevSequence(blocks[1:])
+    sequence = RevSequence([blocks[0], inner], fraction_bits=10)
+    assert sequence.fraction_bits == 10
+    assert inner.fraction_bits is None
+    assert all(block.fraction_bits is None for block in blocks)
+    x = images(4, 8)
+    sequence(x)
+    y = sequence(x)
+    np.testing.assert_array_equal(y * 2**10, np.round(y * 2**10))
+    alone = blocks[0](x)
+    assert np.any(alone * 2**10 != np.round(alone * 2**10))
 
 
 def test_a_block_that_does_not_recompute_splits_the_run(run):
@@ -177,11 +210,8 @@ def test_a_block_that_does_not_recompute_splits_the_run(run):
         return sequence
 
     layer, twin = twins(make, (None, 8))
-    assert [(len(run), r) for run, r in layer.runs()] == [
-        (2, True),
-        (1, False),
-        (2, True),
-    ]
+    order = [recompute for _, recompute in layer.blocks_in_order()]
+    assert order == [True, True, False, True, True]
     x = images(5, 8)
     got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
     assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -452,8 +482,8 @@ def test_downsampling_block_refuses_shapes_that_do_not_agree():
     block = DownsamplingBlock(
         layers.Conv2D(4, 3, 2, padding="same"),
         layers.Conv2D(4, 3, padding="same"),
-        PoolingShortcut(4, 2),
+        PoolingShortcut(4, 3),
         PoolingShortcut(4, 2),
     )
-    with pytest.raises(ValueError, match="height and width that its strides divide"):
+    with pytest.raises(ValueError, match="each pair must agree"):
         block.build((None, 7, 7, 4))

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from twins import assert_close, images, loss_and_gradients, twins
 
-from revnet_tf import RevBlock, RevSequence, pure
-from revnet_tf.layers import DownsamplingBlock
+from revnet_tf import DownsamplingBlock, RevBlock, RevSequence, _functional, models
+from revnet_tf._layer import promise_alike
 
 layers = keras.layers
 
@@ -126,8 +126,8 @@ REFUSED = [
     (AssignsItsSecondWeight, "assigns its own trainable weight"),
     (lambda: layers.SpectralNormalization(layers.Dense(4)), "assigns its own"),
     (DrawsFromTheGlobalSeed, "SeedGenerator"),
-    (ForeignLayer, "do not belong"),
-    (ForeignVariable, "do not belong"),
+    (ForeignLayer, "its own trainable variables"),
+    (ForeignVariable, "its own trainable variables"),
     (TensorFlowRandom, "RandomUniform"),
     (TensorFlowDropout, "RandomUniform"),
     (HiddenRandom, "RandomStandardNormal"),
@@ -154,7 +154,7 @@ def test_branch_that_recomputation_cannot_follow_is_refused(branch, message, mod
 def test_branch_that_is_a_function_of_its_own_is_refused():
     block = RevBlock(Decorated(), layers.Dense(4))
     x = images(2, 8)
-    with pytest.raises(ValueError, match="remove the decorator"):
+    with pytest.raises(ValueError, match="Remove the decorator"):
         for _ in range(2):  # TensorFlow traces the first two calls, and keeps these
             loss_and_gradients(block, x)
 
@@ -429,17 +429,6 @@ def test_sequence_has_the_dtype_of_its_blocks():
         RevSequence([block("float64")], dtype="float32")
 
 
-def test_flattening_keeps_what_an_inner_sequence_says_of_its_blocks():
-    def sequence(**kwargs):
-        return RevSequence([RevBlock(layers.Dense(4), layers.Dense(4))], **kwargs)
-
-    inner = sequence(recompute=False, trainable=False)
-    outer = RevSequence([sequence(), inner])
-    outer.build((None, 8))
-    assert [recompute for _, recompute in outer.runs()] == [True, False]
-    assert len(outer.trainable_variables) == 4
-
-
 def test_activity_regularizer_of_a_block_in_a_sequence_is_refused():
     block = RevBlock(layers.Dense(4), layers.Dense(4), activity_regularizer="l2")
     with pytest.raises(ValueError, match="activity_regularizer"):
@@ -466,31 +455,31 @@ def test_inputs_that_are_no_streams_are_refused(inputs):
         block(inputs)
 
 
-class ScaledConv(layers.Conv2D):
-    """With a number that no `get_config` tells of."""
-
-    factor = 1.0
-
-    def call(self, x):
-        return self.factor * super().call(x)
-
-
-def conv_sequence(num_blocks, conv=layers.Conv2D):
+def conv_sequence(num_blocks, alike=False):
     def branch():
         return keras.Sequential(
             [
                 layers.BatchNormalization(),
                 layers.ReLU(negative_slope=0.1),
-                conv(4, 3, padding="same"),
-                conv(4, 1),
-                conv(4, 1),
+                layers.Conv2D(4, 3, padding="same"),
+                layers.Conv2D(4, 1),
+                layers.Conv2D(4, 1),
             ]
         )
 
-    return RevSequence([RevBlock(branch(), branch()) for _ in range(num_blocks)])
+    blocks = [RevBlock(branch(), branch()) for _ in range(num_blocks)]
+    if alike:
+        promise_alike(blocks)
+    return RevSequence(blocks)
 
 
-def test_in_a_graph_branches_of_one_structure_are_traced_once(monkeypatch):
+def trace_step(sequence):
+    sequence.build((None, 3, 3, 8))
+    step = tf.function(loss_and_gradients)
+    return step.get_concrete_function(sequence, tf.TensorSpec((2, 3, 3, 8)))
+
+
+def test_in_a_graph_promised_blocks_are_traced_once(monkeypatch):
     calls = []
     call = layers.ReLU.call
 
@@ -500,17 +489,28 @@ def test_in_a_graph_branches_of_one_structure_are_traced_once(monkeypatch):
 
     monkeypatch.setattr(layers.ReLU, "call", counted)
 
-    def traced(num_blocks):
-        sequence = conv_sequence(num_blocks)
+    def traced(num_blocks, alike):
+        sequence = conv_sequence(num_blocks, alike)
         sequence.build((None, 3, 3, 8))
         calls.clear()
-        tf.function(loss_and_gradients).get_concrete_function(
-            sequence, tf.TensorSpec((2, 3, 3, 8))
-        )
+        trace_step(sequence)
         return len(calls)
 
-    # Forward, backward, and backward where the input need not be rebuilt.
-    assert traced(1) == traced(6) == 3
+    # For f and for g: forward, backward, backward without reconstruction of the input.
+    assert traced(2, alike=True) == traced(6, alike=True) == 2 * 3
+    # A block without a promise: forward and backward.
+    assert traced(6, alike=False) == 2 * 2 * 6
+
+
+def test_blocks_of_the_papers_networks_are_promised_and_survive_a_file(tmp_path):
+    model = models.RevNet((3,), (8, 8), input_shape=(8, 8, 3))
+    blocks = model.get_layer("stage1").blocks
+    assert blocks[0]._promise is None  # without the first BN-ReLU
+    assert blocks[1]._promise is blocks[2]._promise is not None
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = images(2, 8, 8, 3)
+    np.testing.assert_array_equal(loaded(x), model(x))
 
 
 def change_a_slope(branch):
@@ -522,102 +522,92 @@ def change_an_epsilon(branch):
 
 
 def change_an_activation(branch):
-    def linear(x):  # the name that the old one has
-        return 0.5 * x
-
-    branch.layers[2].activation = linear
-
-
-def change_a_number_of_a_custom_layer(branch):
-    branch.layers[2].factor = 0.3
+    branch.layers[2].activation = keras.activations.relu
 
 
 def change_a_policy(branch):
     branch.layers[2].dtype_policy = keras.DTypePolicy("mixed_bfloat16")
 
 
-def replace_a_method(branch):
-    call = branch.layers[2].call
-    branch.layers[2].call = lambda x: 0.5 * call(x)
+@pytest.mark.parametrize(
+    "change",
+    [change_a_slope, change_an_epsilon, change_an_activation, change_a_policy],
+)
+def test_promised_blocks_that_differ_are_refused(change):
+    sequence = conv_sequence(3, alike=True)
+    change(sequence.blocks[1].f)
+    with pytest.raises(ValueError, match="another configuration"):
+        trace_step(sequence)
 
 
-def freeze_the_statistics(branch):
-    branch.layers[0].trainable = False
+def freeze_the_statistics(blocks):
+    blocks[1].f.layers[0].trainable = False
+
+
+def freeze_a_block(blocks):
+    blocks[0].trainable = False
+
+
+def set_an_anchor(blocks):
+    blocks[1].anchor = True
+
+
+def store_a_block(blocks):
+    blocks[1].recompute = False
 
 
 @pytest.mark.parametrize(
-    ("change", "conv"),
-    [
-        (change_a_slope, layers.Conv2D),
-        (change_an_epsilon, layers.Conv2D),
-        (change_an_activation, layers.Conv2D),
-        (change_a_number_of_a_custom_layer, ScaledConv),
-        (change_a_policy, layers.Conv2D),
-        (replace_a_method, layers.Conv2D),
-        (freeze_the_statistics, layers.Conv2D),
-    ],
+    "change", [freeze_the_statistics, freeze_a_block, set_an_anchor, store_a_block]
 )
-def test_in_a_graph_a_branch_that_was_changed_is_traced_by_itself(change, conv):
-    _, ordinary = twins(lambda: conv_sequence(3, conv), (None, 3, 3, 8))
-    second = ordinary.blocks[1].f
-    before = pure.structure(second)
-    assert (before is None) == (conv is ScaledConv)
-    change(second)
-    assert pure.structure(second) is None or pure.structure(second) != before
-    rev, _ = twins(lambda: conv_sequence(3, conv), (None, 3, 3, 8))
-    change(rev.blocks[1].f)
-    x = images(2, 3, 3, 8)
-    expected = tf.function(loss_and_gradients)(ordinary, x)
-    assert_close(tf.function(loss_and_gradients)(rev, x), expected, 1e-4, 1e-5)
+def test_promised_blocks_may_be_frozen_anchored_or_stored_one_by_one(change):
+    results = []
+    for layer in twins(lambda: conv_sequence(4, alike=True), (None, 3, 3, 8)):
+        change(layer.blocks)
+        results.append(tf.function(loss_and_gradients)(layer, images(2, 3, 3, 8)))
+    assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_are_tied_otherwise_have_another_structure():
-    def branch(*order):
+def test_likeness_tells_ties_and_policies_apart():
+    def tied(*order):
         convs = [layers.Conv2D(4, 1) for _ in range(2)]
         stack = [keras.Sequential([convs[i]]) for i in order]
         return keras.Sequential([keras.Input((3, 3, 4)), *stack])
 
-    assert pure.structure(branch(0, 1, 0)) is not None
-    assert pure.structure(branch(0, 1, 0)) == pure.structure(branch(0, 1, 0))
-    assert pure.structure(branch(0, 1, 0)) != pure.structure(branch(0, 1, 1))
+    def likeness(layer):
+        return _functional.likeness(layer, [layer])
+
+    assert likeness(tied(0, 1, 0)) == likeness(tied(0, 1, 0))
+    assert likeness(tied(0, 1, 0)) != likeness(tied(0, 1, 1))
+    policies = "float32", "mixed_bfloat16"
+    assert len({likeness(layers.ReLU(dtype=policy)) for policy in policies}) == 2
 
 
-@pytest.mark.parametrize("layer", pure._READ_BY_CALL)
-def test_a_structure_has_all_that_the_configuration_of_a_layer_has(layer):
-    made = layer(4, 3) if layer is layers.Conv2D else layer()
-    kinds = "_initializer", "_regularizer", "_constraint"
-    config = {k for k in made.get_config() if not k.endswith(kinds)}
-    config -= {"name", "trainable", "dtype"}  # what all layers have
-    assert config <= set(pure._READ_BY_CALL[layer])
-    assert all(hasattr(made, k) for k in pure._READ_BY_CALL[layer])
-
-
-def test_shared_traces_give_the_bits_of_separate_ones(monkeypatch):
-    rev, _ = twins(lambda: conv_sequence(4), (None, 3, 3, 8))
-    x = images(2, 3, 3, 8)
-    shared = tf.function(loss_and_gradients)(rev, x)
-    monkeypatch.setattr(pure.Variables, "_traced_like", lambda self, owner: None)
-    separate = tf.function(loss_and_gradients)(rev, x)
-    for a, b in zip(shared, separate, strict=True):
+def test_shared_traces_give_the_bits_of_separate_ones():
+    results = []
+    for alike in (True, False):
+        layer, _ = twins(lambda: conv_sequence(4, alike), (None, 3, 3, 8))  # noqa: B023
+        results.append(tf.function(loss_and_gradients)(layer, images(2, 3, 3, 8)))
+    for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_branch_is_differentiated_layer_by_layer_where_that_is_the_same():
-    conv = layers.Conv2D(4, 1)
-    relu, other = layers.ReLU(), layers.ReLU(dtype="mixed_bfloat16")
-    nested = keras.Sequential([keras.Input((3, 3, 4)), keras.Sequential([conv]), relu])
-    assert pure.parts(nested) == [conv, relu]
+@pytest.mark.parametrize("options", [{}, {"axis": 1}, {"renorm": True}], ids=str)
+def test_gradients_through_batch_normalization_are_those_of_autodiff(run, options):
+    def branch():
+        norm = layers.BatchNormalization(dtype="float64", **options)
+        stack = [norm, layers.ReLU(), layers.Conv2D(2, 1)]
+        return keras.Sequential(stack)
 
-    def whole(*stack):
-        branch = keras.Sequential([keras.Input((3, 3, 4)), *stack])
-        return pure.parts(branch) == [branch]
-
-    assert whole(conv, keras.Sequential([conv]))  # one weight has two parts
-    assert whole(conv, other)  # the whole would not cast what `other` is given
-    assert whole(conv, layers.Dropout(0.5))
-    casts = keras.Sequential([keras.Input((3, 3, 4), dtype="float16"), conv])
-    assert pure.parts(casts) == [casts] and pure.structure(casts) is None
-    assert pure.parts(conv) == [conv]
+    keras.config.set_dtype_policy("float64")
+    pair = twins(lambda: RevSequence([RevBlock(branch(), branch())]), (None, 5, 5, 4))
+    x = tf.cast(1 + images(3, 5, 5, 4), tf.float64)
+    before = [(type(v), sorted(vars(v))) for v in pair[0].blocks[0].f.layers]
+    results = [run(loss_and_gradients)(layer, x) for layer in pair]
+    assert_close(*results, rtol=1e-10, atol=1e-10)
+    states = [[v.numpy() for v in layer.non_trainable_variables] for layer in pair]
+    assert_close(*states, rtol=1e-10, atol=1e-10)
+    # The layers of the user stay what they are.
+    assert [(type(v), sorted(vars(v))) for v in pair[0].blocks[0].f.layers] == before
 
 
 def test_a_layer_that_was_set_free_again_in_a_frozen_branch_gets_its_gradient():
