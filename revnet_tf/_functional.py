@@ -94,13 +94,13 @@ class Variables:
         """
         given = tf.nest.flatten(arguments, expand_composites=True)
         where = [i for i, value in enumerate(given) if _is_differentiable(value)]
-        first = len(self.weights)
-        self.weights += [given[i] for i in where]
+        # Branches that share a tensor find it at one position: it has one gradient.
+        positions = _positions([given[i] for i in where], self.weights)
 
         def apply(weights, state, inputs):
             filled = list(given)
-            for i, value in zip(where, weights[first:], strict=False):
-                filled[i] = value
+            for i, position in zip(where, positions, strict=True):
+                filled[i] = weights[position]
             packed = tf.nest.pack_sequence_as(arguments, filled, expand_composites=True)
             scope = _Scope(name, self, weights, state)
             with scope:

@@ -112,17 +112,13 @@ class RunLayer(keras.layers.Layer):
     def get_build_config(self):
         config = super().get_build_config()
         if config and self._extra_specs:
-            config["extra"] = {
-                name: (spec.shape, spec.dtype, spec.sparse, spec.ragged)
-                for name, spec in self._extra_specs.items()
-            }
+            config["extra"] = tf.nest.map_structure(
+                lambda x: [x.shape, x.dtype, x.sparse, x.ragged], self._extra_specs
+            )
         return config
 
     def build_from_config(self, config):
-        self._extra_specs = {
-            name: keras.KerasTensor(*spec)
-            for name, spec in config.get("extra", {}).items()
-        }
+        self._extra_specs = _restored_specs(config.get("extra", {}))
         super().build_from_config({"input_shape": config["input_shape"]})
 
     def apply_blocks(self, inputs, arguments, entry, exit):
@@ -343,7 +339,12 @@ def restore_layers(config, names, memo=None):
         if isinstance(value, (list, tuple)):
             return [restore(v) for v in value]
         if not isinstance(value, keras.layers.Layer):
-            return keras.saving.deserialize_keras_object(value)
+            if "module" in value:
+                return keras.saving.deserialize_keras_object(value)
+            # An HDF5 file names no modules. Only models read such configurations.
+            return keras.Sequential.from_config(
+                {"name": None, "layers": [value]}
+            ).layers[0]
         if id(value) not in memo:
             inner = value.get_config()
             if isinstance(value, RunLayer):
@@ -365,9 +366,10 @@ def _num_replicas():
 
 
 def _specs(arguments):
-    """Returns the symbolic tensors that stand for the tensors among `arguments`."""
-    return {
-        name: keras.KerasTensor(
+    """Returns the tensors among nested arguments as symbolic tensors."""
+
+    def spec(value):
+        return keras.KerasTensor(
             value.shape,
             keras.backend.standardize_dtype(value.dtype),
             sparse=isinstance(value, tf.SparseTensor)
@@ -375,11 +377,25 @@ def _specs(arguments):
             ragged=isinstance(value, tf.RaggedTensor)
             or getattr(value, "ragged", False),
         )
+
+    return {
+        name: tf.nest.map_structure(spec, value)
         for name, value in arguments.items()
         if name not in ("inputs", "training", "mask")
-        and hasattr(value, "shape")
-        and hasattr(value, "dtype")
+        # Keras refuses a nested argument of tensors and other values.
+        and all(
+            hasattr(x, "shape") and hasattr(x, "dtype") for x in tf.nest.flatten(value)
+        )
     }
+
+
+def _restored_specs(config):
+    """Returns what `get_build_config` has written as nested symbolic tensors."""
+    if isinstance(config, dict):
+        return {name: _restored_specs(value) for name, value in config.items()}
+    if len(config) > 1 and isinstance(config[1], str):
+        return keras.KerasTensor(*config)
+    return [_restored_specs(value) for value in config]
 
 
 def _static_bool(training):

@@ -19,7 +19,10 @@ class Pair(NamedTuple):
         return list(tensors if self.axis is None else tf.split(*tensors, 2, self.axis))
 
     def join(self, streams):
-        return list(streams) if self.axis is None else [tf.concat(streams, self.axis)]
+        if self.axis is not None:
+            return [tf.concat(streams, self.axis)]
+        # New tensors: a block uses its first stream, too, to compute the second.
+        return [tf.identity(stream) for stream in streams]
 
     def split_mask(self, mask):
         """Returns the mask of each stream, `None` for a stream without."""
