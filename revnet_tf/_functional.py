@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import _coupling
+from revnet_tf._pair import Pair
 
 # Operations with another result, or a further effect, when they are executed again.
 _STATEFUL = re.compile(
@@ -48,7 +49,7 @@ class CallArguments(NamedTuple):
             named["mask"] = mask
         return named
 
-    def function(self, layer, stream, owner=None):
+    def function(self, layer, stream, owner=None, pair=Pair()):
         """Returns a branch as a function from a list of tensors to a list.
 
         Args:
@@ -56,11 +57,13 @@ class CallArguments(NamedTuple):
             stream: int, the stream that it takes.
             owner: the `Variables` with which the function is pure; `None` for an
                 ordinary function.
+            pair: the `Pair` that splits its output.
         """
         arguments = self.of(layer, stream)
 
         def call(x, **arguments):
-            return [tf.cast(layer(x, training=self.training, **arguments), x.dtype)]
+            y = layer(x, training=self.training, **arguments)
+            return pair.split([tf.cast(y, x.dtype)])
 
         if owner is None:
             # The gradients of a branch for its input are summed before the gradient of

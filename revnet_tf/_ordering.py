@@ -8,17 +8,20 @@ from revnet_tf import _xla
 
 
 def wait(done, tensors):
-    """Returns `tensors`, which are there only when all of `done` (one or more) are.
+    """Returns `tensors`, available only after all of `done` (one or more).
 
-    A graph's executor keeps to control dependencies. XLA drops them and keeps to data:
-    there the tensors go through a loop that never turns, by a condition that XLA cannot
-    know before `done`. It neither copies them nor is joined with what uses them, if
-    everything from here on uses what is returned, and nothing `tensors`.
+    The executor of a graph follows control dependencies. XLA drops these and follows
+    data only. There the tensors pass through a while loop with zero iterations, whose
+    condition depends on `done`. (JAX lowered `checkpoint` this way before it had
+    `optimization_barrier`.) XLA neither copies them nor fuses the loop with their
+    consumers, as long as all later code uses the tensors that this function returns.
     """
     if tf.executing_eagerly():
         return list(tensors)
     if not _xla.is_traced():
-        with tf.control_dependencies(done):
+        # Identities: TensorFlow drops a control dependency on an argument of a function
+        # when it inlines the function. RevNet-38 then takes 80 MB, not 61.
+        with tf.control_dependencies([tf.identity(t) for t in done]):
             return [tf.identity(t) for t in tensors]
     flat, begin, end = (tf.constant([i]) for i in (-1, 0, 1))
     first_numbers = [

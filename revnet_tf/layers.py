@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from revnet_tf import _coupling, _fixed_point, _functional
-from revnet_tf._layer import PairLayer, RunLayer
+from revnet_tf._layer import PairLayer
 from revnet_tf._pair import Pair, pair_of
 
 __all__ = ["DownsamplingBlock", "PoolingShortcut", "RevBlock", "RevSequence"]
@@ -386,16 +386,15 @@ class DownsamplingBlock(PairLayer):
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
-class Stem(RunLayer):
-    """A layer before the first stage of a network, such as its first convolution.
+class Stem(PairLayer):
+    """A layer before the first stage of a network: it makes two streams of one tensor.
 
     In training it stores its input, and recomputes its activations in the backward
     pass.
 
     Args:
-        layer: layer that maps one tensor to one tensor.
-        recompute: bool; `False`: use ordinary backpropagation.
-        **kwargs: arguments of `keras.layers.Layer`.
+        layer: layer that maps the input to both streams, joined on `axis`.
+        axis, recompute, **kwargs: as for `RevBlock`.
     """
 
     LAYERS = ("layer",)
@@ -405,20 +404,19 @@ class Stem(RunLayer):
         self.layer = layer
 
     def build(self, input_shape):
-        self.shape_after(self.layer, input_shape)
+        output_shape = self.shape_after(self.layer, input_shape)
+        self.stream_shapes(output_shape)
+        self._streams = Pair(self.axis % len(output_shape))
 
     def call(self, inputs, training=None, mask=None, **kwargs):
         arguments = self.call_arguments(training, (mask,), kwargs)
-        (output,) = self.apply_blocks([self.cast(inputs)], arguments, Pair(), Pair())
+        inputs, pair = [self.cast(inputs)], self._streams
+        (output,) = self.apply_blocks(inputs, arguments, Pair(), pair)
         return output
 
     def block(self, arguments, owner=None):
-        return _coupling.Recompute(arguments.function(self.layer, 0, owner))
+        function = arguments.function(self.layer, 0, owner, self._streams)
+        return _coupling.Recompute(function)
 
     def compute_output_shape(self, input_shape):
         return self.shape_after(self.layer, input_shape)
-
-    @classmethod
-    def from_config(cls, config):
-        # A file that revnet_tf 0.1 wrote has an axis.
-        return super().from_config({k: v for k, v in config.items() if k != "axis"})

@@ -235,7 +235,7 @@ def test_nested_argument_of_tensors_reaches_the_branches(run):
         config = block.get_build_config()
         other = RevBlock(Film(), Film())
         other.build_from_config(json.loads(json.dumps(config)))
-        assert other.built and other.get_build_config() == config
+        assert json.dumps(other.get_build_config()) == json.dumps(config)
     assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
