@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a path beside `path`; renames it to `path` if the block raises no error.
+    """Yields a path beside `path`, and renames it after a block without error.
 
     After an error the partial file or folder is removed, and `path` is as it was.
 

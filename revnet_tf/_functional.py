@@ -26,6 +26,9 @@ _STATEFUL = re.compile(
 )
 
 
+_WHOLE = Pair()
+
+
 class CallArguments(NamedTuple):
     """The arguments of branches beside their inputs.
 
@@ -49,7 +52,7 @@ class CallArguments(NamedTuple):
             named["mask"] = mask
         return named
 
-    def function(self, layer, stream, owner=None, pair=Pair()):
+    def function(self, layer, stream, owner=None, pair=_WHOLE):
         """Returns a branch as a function from a list of tensors to a list.
 
         Args:

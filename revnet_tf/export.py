@@ -2,11 +2,15 @@
 
 import importlib
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from importlib import metadata
 
 import keras
@@ -14,59 +18,73 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from revnet_tf import saved_model_check
+from revnet_tf import _examples, _saved_model_check
 from revnet_tf._files import replacing
 
-BATCH_SIZES = (1, 7, 32)
+# Largest difference between a file and the live model, relative to the largest value:
+# kernels of other runtimes add up in another order.
+TOLERANCE = 1e-4
 
 
 def export_saved_model(
-    model, path, *, class_names=None, signatures=None, decode=None, card=None
-):
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    class_names: list[str] | None = None,
+    signatures: dict | None = None,
+    decode: Callable | None = None,
+    card: dict | None = None,
+    examples=None,
+) -> None:
     """Writes a model as a SavedModel that needs neither Keras nor this library.
 
     Its signatures have an open batch size and refuse an empty batch. The graph is the
-    forward pass with `training=False`: it holds no gradient and nothing is recomputed.
+    forward pass with `training=False`. It holds no gradient and recomputes nothing.
 
     - `serving_default` takes the model's input, `inputs`, and returns `predictions`,
-      the model's output, and, if `class_names` are given, of the largest prediction of
-      each example the index, `class`, `(batch,)` int64, and the name, `class_name`,
-      `(batch,)` strings.
+      the model's output. With `class_names` it also returns the index of the largest
+      prediction of each example, `class`, `(batch,)` int64, and its name,
+      `class_name`, `(batch,)` strings.
     - One for each entry of `signatures` takes the same input.
     - `encoded`, if `decode` is given, takes JPEG or PNG files, `image_bytes`,
-      `(batch,)` strings, and returns what `serving_default` does.
+      `(batch,)` strings, and returns the outputs of `serving_default`.
 
-    Outputs of 16 bits, as under a mixed policy, leave as float32. Beside the graph lie
-    a request for each signature with which TensorFlow Serving warms up, and
-    `model_card.json`: name, number of parameters, signatures, class names, versions.
+    Outputs of 16 bits, as under a mixed policy, become float32. Beside the graph lie
+    `model_card.json` (name, number of parameters, signatures, class names, versions)
+    and a request for each signature with which TensorFlow Serving warms up.
 
-    The folder appears under its name only when it is complete, and a process of its own
-    has loaded it and found it to give the answers of the model, as a graph and on a
-    CPU, to 1e-5 of the largest, for batches of 1, 7 and 32.
+    The folder appears under its name only when it is complete and checked: a process
+    of its own loads it and compares its answers with those of the model, as a graph on
+    a CPU, for batches of 1, 7 and 32. They may differ by 1e-5 of the largest value.
 
     Args:
-        model: built `keras.Model` with one input and one output.
+        model: `keras.Model` with weights, one input and one output. A subclassed model
+            must have been called.
         path: folder to write; it must not exist. TensorFlow Serving expects a number,
             the version, as its name.
         class_names: list of strings, one for each entry of the last axis of the
             output.
-        signatures: dictionary from the name of a signature, which is that of its output
-            too, to a tensor of the model, as
+        signatures: dict from the name of a signature, which is that of its output too,
+            to a tensor of the model, as
             `{"features": model.get_layer("avg_pool").output}`.
         decode: function of a TensorFlow graph from a file, `()` string, to an image of
             the model's input, `(height, width, channels)`; see `decode_image`.
-        card: dictionary of what else `model_card.json` shall say.
+        card: dict, further entries of `model_card.json`.
+        examples: array, a batch of real inputs for the check and the warm-up. Defaults
+            to `None`: random inputs that suit the first layers of the model. If the
+            model answers none of them, a warning says that there is no check.
 
     Raises:
-        FileExistsError: there is something at `path` already.
-        ValueError: the model is not built, has several inputs or outputs, or another
-            number of outputs than `class_names`; `signatures` has a name that is taken.
-        OSError, tf.errors.OpError: it cannot be written.
+        FileExistsError: `path` exists already.
+        ValueError: the model has no weights, several inputs or outputs, or another
+            number of outputs than `class_names`; `signatures` has a name that is taken;
+            the model does not take `examples`.
+        OSError, tf.errors.OpError: the folder cannot be written.
         RuntimeError: the written SavedModel does not reproduce the model's predictions,
             or its graph has a gradient.
     """
     path = os.path.normpath(os.fspath(path))
-    spec = _validate(model, path)
+    model, spec, examples = _validate(model, path, examples)
     classes = model.outputs[0].shape[-1]
     if class_names is not None and len(class_names) != classes:
         raise ValueError(
@@ -93,7 +111,7 @@ def export_saved_model(
         image = tf.TensorSpec(spec.shape[1:], spec.dtype)
 
         def predict_encoded(files):
-            # One after the other fails at the first that is no image.
+            # `map_fn` fails at the first file that is no image.
             return predict(tf.map_fn(decode, files, fn_output_signature=image))
 
         files = tf.TensorSpec((None,), tf.string, name="image_bytes")
@@ -106,15 +124,18 @@ def export_saved_model(
         for name, (function, spec) in endpoints.items()
     }
     specs = {name: spec for name, (_, spec) in endpoints.items()}
+    batches = _examples.batches(
+        model, spec, _live(functions["serving_default"]), examples
+    )
     with replacing(path) as part:
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         archive.write_out(str(part), options, verbose=False)
-        _write_warmup(part, specs)
+        _write_warmup(part, specs, batches[:1])
         _write_card(part, model, functions, specs, class_names, card or {})
-        _check_saved_model(part, model, functions, specs)
+        _check_saved_model(part, model, functions, specs, batches)
 
 
-def decode_image(shape):
+def decode_image(shape: tuple[int, int, int]) -> Callable:
     """Returns a function for `decode` that refuses images of another size.
 
     Args:
@@ -122,39 +143,55 @@ def decode_image(shape):
     """
 
     def decode(file):
-        # Whatever the name of the operation says, it reads JPEG as well.
+        # The operation reads JPEG, too.
         return tf.ensure_shape(tf.io.decode_png(file, channels=shape[-1]), shape)
 
     return decode
 
 
-def export_litert(model, path, *, representative_images=None):
+def export_litert(
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    representative_images: np.ndarray | None = None,
+    examples=None,
+) -> None:
     """Writes a model for LiteRT, the runtime of small devices (once TensorFlow Lite).
 
     Needs the extra `litert`. The file has one signature, `serving_default`, from the
     model's input to `predictions`, with an open batch size. It appears under its name
-    only when LiteRT has given the answers of the model, to 1e-4 of the largest; with
-    int8 arithmetic, with an error whose root mean square is less than half of the
-    standard deviation of the answers to the representative images.
+    only when LiteRT gives the answers of the model, to 1e-4 of the largest value. With
+    int8 arithmetic the root mean square of the error must be less than half of the
+    standard deviation of the answers.
+
+    Some layers, such as GRU, need operations of TensorFlow (Flex operations). LiteRT's
+    interpreter for Python does not have them: the file is then written with a warning
+    and without a check.
 
     Args:
-        model: built `keras.Model` with one input and one output.
+        model: `keras.Model` with weights, one input and one output. A subclassed model
+            must have been called.
         path: file to write, `*.tflite`; it must not exist.
         representative_images: array of some hundred inputs, `(n, ...)`, in the dtype
             of the model's input: convert to int8 arithmetic, with the ranges that are
-            found on them. Defaults to `None`, float32. (Fixed-point streams,
-            `fraction_bits`, need more than 8 bits: what is written is not kept.)
+            found on them. Defaults to `None`, float32. Fixed-point streams,
+            `fraction_bits`, need more than 8 bits and fail the check.
+        examples: array, a batch of real inputs for the check. Defaults to `None`:
+            random inputs that suit the first layers of the model; with int8 arithmetic
+            the representative images. If the model answers no random input, a warning
+            says that there is no check.
 
     Raises:
-        FileExistsError: there is something at `path` already.
+        FileExistsError: `path` exists already.
         ImportError: the extra is not installed.
-        ValueError: the model is not built, has several inputs or outputs; the name of
+        ValueError: the model has no weights, or several inputs or outputs; the name of
             the file has another ending; `representative_images` have another dtype
-            than the input; the model computes in 16 bits, as under a mixed policy.
-        OSError: it cannot be written.
+            than the input; the model computes in 16 bits, as under a mixed policy, or
+            does not take `examples`.
+        OSError: the file cannot be written.
         RuntimeError: the written file does not reproduce the model's predictions.
     """
-    spec = _validate(model, path)
+    model, spec, examples = _validate(model, path, examples)
     litert = _extra("ai_edge_litert.interpreter", "litert")
     options = {}
     if representative_images is not None:
@@ -171,41 +208,70 @@ def export_litert(model, path, *, representative_images=None):
         }
 
     function = _graph(model, spec, "LiteRT", [tf.float16, tf.bfloat16])
+    if representative_images is None:
+        batches = _examples.batches(model, spec, _live(function), examples)
     with replacing(path) as part:
         keras.Model(model.inputs, {"predictions": model.outputs[0]}).export(
             str(part), format="litert", input_signature=[spec], verbose=False, **options
         )
+        if flex := _flex_operations(part):
+            warnings.warn(
+                f"{path} is not checked: it needs {', '.join(flex)}, operations that "
+                "LiteRT's interpreter for Python does not have. Link the Flex delegate "
+                "where the file runs.",
+                stacklevel=2,
+            )
+            return
         run = litert.Interpreter(str(part)).get_signature_runner("serving_default")
 
         def predict(x):
             return run(inputs=x)["predictions"]
 
         if representative_images is None:
-            _check_close(model, function, predict, spec)
+            _check_close(model, function, predict, batches)
         else:
-            _check_quantized(model, function, predict, images)
+            given = representative_images if examples is None else examples
+            _check_quantized(model, function, predict, given)
 
 
-def export_onnx(model, path):
+def export_onnx(model: keras.Model, path: str | os.PathLike, *, examples=None) -> None:
     """Writes a model as an ONNX file, with the input and output of `export_litert`.
 
-    Needs the extra `onnx`. The file appears under its name only when ONNX Runtime has
-    given the answers of the model, to 1e-4 of the largest.
+    Needs the extra `onnx`. The file appears under its name only when ONNX Runtime gives
+    the answers of the model, to 1e-4 of the largest value. For a model that computes in
+    float16, as under a mixed policy, the tolerance is that of its own rounding: the
+    spacing of float16 values, times the square root of the number of operations in
+    float16.
 
     Args:
-        model: built `keras.Model` with one input and one output.
+        model: `keras.Model` with weights, one input and one output. A subclassed model
+            must have been called.
         path: file to write; it must not exist.
+        examples: array, a batch of real inputs for the check. Defaults to `None`:
+            random inputs that suit the first layers of the model. If the model answers
+            none of them, a warning says that there is no check.
 
     Raises:
-        As `export_litert`; float16 is no error.
+        FileExistsError: `path` exists already.
+        ImportError: the extra is not installed.
+        ValueError: the model has no weights, or several inputs or outputs; it computes
+            in bfloat16, looks values up in a table, or does not take `examples`.
+        OSError: the file cannot be written.
+        RuntimeError: the written file does not reproduce the model's predictions.
     """
-    spec = _validate(model, path)
+    model, spec, examples = _validate(model, path, examples)
     tf2onnx = _extra("tf2onnx", "onnx")
     onnx = _extra("onnx", "onnx")
     runtime = _extra("onnxruntime", "onnx")
     function = _graph(model, spec, "ONNX Runtime", [tf.bfloat16])
+    if any(op.type.startswith("LookupTable") for op in _operations(function)):
+        raise ValueError(
+            f"{model.name} looks values up in a table, which an ONNX file cannot hold; "
+            "export the part of it without its lookup and text layers."
+        )
+    batches = _examples.batches(model, spec, _live(function), examples)
     proto, _ = tf2onnx.convert.from_function(function, [spec])
-    # Tensors that a layer holds, as `Normalization` does, have become inputs.
+    # The converter makes inputs of tensors that a layer holds, as `Normalization`.
     concrete = function.get_concrete_function()
     held = zip(concrete.inputs[1:], concrete.captured_inputs, strict=True)
     values = {tensor.name: value for tensor, value in held}
@@ -218,27 +284,51 @@ def export_onnx(model, path):
             proto.graph.initializer.append(constant)
     with replacing(path) as part:
         onnx.save(proto, str(part))
-        session = runtime.InferenceSession(
-            str(part), providers=["CPUExecutionProvider"]
-        )
+        session = runtime.InferenceSession(part, providers=["CPUExecutionProvider"])
 
         def predict(x):
             return session.run(["predictions"], {"inputs": x})[0]
 
-        _check_close(model, function, predict, spec)
+        _check_close(model, function, predict, batches)
 
 
-def _validate(model, path):
-    """Returns the `tf.TensorSpec` of the model's input."""
+def _validate(model, path, examples):
+    """Returns a functional model, the `tf.TensorSpec` of its input, and the examples.
+
+    A subclassed model becomes the layer of a functional one.
+    """
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already; choose another path.")
+    if model.built and not hasattr(model, "inputs"):
+        model = _functional(model, examples)
     inputs = getattr(model, "inputs", None)
     if not inputs or len(inputs) != 1 or len(model.outputs) != 1:
         raise ValueError(
             f"{model.name} must be built and have one input and one output to be "
-            "exported; build it as a functional or sequential model."
+            "exported; build it as a functional or sequential model, or call it."
         )
-    return tf.TensorSpec((None, *inputs[0].shape[1:]), inputs[0].dtype, name="inputs")
+    spec = tf.TensorSpec(inputs[0].shape, inputs[0].dtype, name="inputs")
+    if examples is not None:
+        examples = _examples.given(examples, spec)
+    return model, spec, examples
+
+
+def _functional(model, examples):
+    """Returns a subclassed model as a functional one, for inputs like the examples.
+
+    Without examples, the inputs have the shape with which the model was built.
+    """
+    if examples is not None:
+        shape, dtype = np.shape(examples), tf.as_dtype(np.asarray(examples).dtype).name
+    else:
+        config = model.get_build_config() or {}
+        shape, dtype = config.get("input_shape"), model.input_dtype
+    if not isinstance(shape, (list, tuple)) or any(
+        isinstance(size, (list, tuple)) for size in shape
+    ):
+        return model
+    x = keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype)
+    return keras.Model(x, model(x, training=False), name=model.name)
 
 
 def _extra(module, extra):
@@ -251,7 +341,7 @@ def _extra(module, extra):
 
 
 def _answer(model, x):
-    y = model(x, training=False)
+    (y,) = tf.nest.flatten(model(x, training=False))
     return tf.cast(y, tf.float32) if y.dtype in (tf.float16, tf.bfloat16) else y
 
 
@@ -260,7 +350,7 @@ def _named(name, model):
 
 
 def _refusing(function, spec):
-    """Returns the function with checks of its argument, which servers leave to it."""
+    """Returns the function with checks of its argument; servers make none."""
 
     def checked(x):
         filled = tf.debugging.Assert(
@@ -272,36 +362,25 @@ def _refusing(function, spec):
     return checked
 
 
-def _examples(specs, batch_size):
-    """Returns a random argument for each signature."""
-    rng = np.random.default_rng(batch_size)
-
-    def inputs(dtype):
-        # An open dimension, such as that of an image of any size, gets some size.
-        sizes = [size or 32 for size in specs["serving_default"].shape[1:]]
-        high = 256 if dtype.is_integer else 1
-        x = rng.uniform(0, high, (batch_size, *sizes))
-        return x.astype(dtype.as_numpy_dtype)
-
-    return {
-        name: np.array([tf.io.encode_png(x).numpy() for x in inputs(tf.uint8)])
-        if spec.dtype == tf.string
-        else inputs(spec.dtype)
-        for name, spec in specs.items()
-    }
-
-
-def _write_warmup(folder, specs):
+def _write_warmup(folder, specs, batches):
     """Writes the requests that TensorFlow Serving answers before it opens its door."""
-    os.mkdir(os.path.join(folder, "assets.extra"))
-    path = os.path.join(folder, "assets.extra", "tf_serving_warmup_requests")
-    with tf.io.TFRecordWriter(path) as writer:
-        for name, x in _examples(specs, 1).items():
-            log = prediction_log_pb2.PredictionLog()
-            request = log.predict_log.request
-            request.model_spec.signature_name = name
-            request.inputs[specs[name].name].CopyFrom(tf.make_tensor_proto(x))
-            writer.write(log.SerializeToString())
+    for x in batches:
+        os.mkdir(os.path.join(folder, "assets.extra"))
+        path = os.path.join(folder, "assets.extra", "tf_serving_warmup_requests")
+        with tf.io.TFRecordWriter(path) as writer:
+            for name, argument in _arguments(specs, x).items():
+                log = prediction_log_pb2.PredictionLog()
+                request = log.predict_log.request
+                request.model_spec.signature_name = name
+                request.inputs[specs[name].name].CopyFrom(
+                    tf.make_tensor_proto(argument)
+                )
+                writer.write(log.SerializeToString())
+
+
+def _arguments(specs, x):
+    """Returns the argument of each signature for a batch of inputs."""
+    return {name: _examples.encoded(x) if name == "encoded" else x for name in specs}
 
 
 def _write_card(folder, model, functions, specs, class_names, card):
@@ -336,23 +415,23 @@ def _write_card(folder, model, functions, specs, class_names, card):
         file.write(json.dumps(content, indent=2) + "\n")
 
 
-def _check_saved_model(folder, model, functions, specs):
+def _check_saved_model(folder, model, functions, specs, batches):
     arrays = {}
-    for batch_size in BATCH_SIZES:
-        for name, x in _examples(specs, batch_size).items():
-            key = f"{name}/{batch_size}"
-            arrays[f"{key}/inputs/{specs[name].name}"] = x
+    for x in batches:
+        for name, argument in _arguments(specs, x).items():
+            key = f"{name}/{len(x)}"
+            arrays[f"{key}/inputs/{specs[name].name}"] = argument
             with tf.device("CPU:0"):
-                outputs = functions[name](tf.constant(x))
+                outputs = functions[name](tf.constant(argument))
             for output, live in outputs.items():
-                # Which of two equal predictions is the largest is chance.
+                # Rounding decides which of two equal predictions is the largest.
                 if output not in ("class", "class_name"):
                     arrays[f"{key}/outputs/{output}"] = live.numpy()
     with tempfile.TemporaryDirectory() as examples:
         examples = os.path.join(examples, "examples.npz")
         np.savez(examples, **arrays)
-        # `-P`: the modules of this folder are not to be found beside the script.
-        script = os.path.abspath(saved_model_check.__file__)
+        # `-P` hides the modules of this folder, which lie beside the script.
+        script = os.path.abspath(_saved_model_check.__file__)
         done = subprocess.run(
             [sys.executable, "-P", script, folder, examples],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
@@ -361,18 +440,17 @@ def _check_saved_model(folder, model, functions, specs):
         )
     if done.returncode:
         raise RuntimeError(
-            f"The SavedModel of {model.name} was not kept: "
+            f"The SavedModel of {model.name} was not written: "
             f"{(done.stderr.strip() or 'its check was ended').splitlines()[-1]}"
         )
 
 
 def _graph(model, spec, runtime, refused):
-    """Returns the model as a function of a graph, if the runtime has its numbers."""
+    """Returns the model as a function of a graph, if the runtime has its dtypes."""
     function = tf.function(
         lambda inputs: {"predictions": _answer(model, inputs)}, [spec], autograph=False
     )
-    operations = function.get_concrete_function().graph.get_operations()
-    found = {tensor.dtype for operation in operations for tensor in operation.outputs}
+    found = {t.dtype for operation in _operations(function) for t in operation.outputs}
     for dtype in refused:
         if dtype in found:
             raise ValueError(
@@ -382,32 +460,57 @@ def _graph(model, spec, runtime, refused):
     return function
 
 
-def _live(function, x):
-    """Returns the model's answers on the CPU, where those of the file come from."""
-    with tf.device("CPU:0"):
-        return function(tf.constant(x))["predictions"].numpy()
+def _operations(function):
+    return function.get_concrete_function().graph.get_operations()
 
 
-def _check_close(model, function, predict, spec):
-    for batch_size in BATCH_SIZES:
-        x = _examples({"serving_default": spec}, batch_size)["serving_default"]
-        live, written = _live(function, x), predict(x)
-        difference = np.abs(written - live).max()
-        # Kernels of another library add up in another order.
-        if not difference <= 1e-4 * max(1.0, np.abs(live).max()):
+def _tolerance(function):
+    """Returns the largest difference to allow, in float16 that of its rounding.
+
+    A rounding changes a value by at most half of `eps`, the spacing of values near 1.
+    Independent ones add up as their root: `n` of them to less than `eps * sqrt(n)`.
+    """
+    roundings = sum(
+        any(t.dtype == tf.float16 for t in operation.outputs)
+        for operation in _operations(function)
+    )
+    return max(TOLERANCE, float(np.finfo(np.float16).eps) * math.sqrt(roundings))
+
+
+def _flex_operations(path):
+    """Returns the names of TensorFlow's own operations in a LiteRT file."""
+    found = re.findall(rb"Flex[A-Z]\w{3,}", path.read_bytes())
+    return sorted({name.decode() for name in found})
+
+
+def _live(function):
+    """Returns a function to the model's answers on the CPU, as those of a file."""
+
+    def answer(x):
+        with tf.device("CPU:0"):
+            return function(tf.constant(x))["predictions"].numpy()
+
+    return answer
+
+
+def _check_close(model, function, predict, batches):
+    live, tolerance = _live(function), _tolerance(function)
+    for x in batches:
+        fault = _saved_model_check.find_fault(predict(x), live(x), tolerance)
+        if fault:
             raise RuntimeError(
-                f"The exported {model.name} differs from the model by {difference:.3g} "
-                f"on a batch of {batch_size}; it was not kept."
+                f"The exported {model.name} was not written: on a batch of {len(x)} it "
+                f"{fault}."
             )
 
 
 def _check_quantized(model, function, predict, images):
     batches = [images[i : i + 32] for i in range(0, len(images), 32)]
-    live = np.concatenate([_live(function, x) for x in batches])
-    error = np.concatenate([predict(x) for x in batches]) - live
+    live = np.concatenate([*map(_live(function), batches)])
+    error = np.concatenate([*map(predict, batches)]) - live
     error, deviation = np.sqrt(np.mean(error**2)), np.std(live - live.mean(0))
     if not error < deviation / 2:
         raise RuntimeError(
-            f"The int8 {model.name} was not kept: its predictions are off by "
+            f"The int8 {model.name} was not written: its predictions are off by "
             f"{error:.3g}, where those of the model vary by {deviation:.3g}."
         )

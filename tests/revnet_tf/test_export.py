@@ -106,7 +106,7 @@ def test_branch_with_a_custom_gradient_of_its_own_leaves_it_behind(tmp_path):
     assert not library.gradient and not library.registered_gradients
 
 
-def test_graph_with_an_operation_of_a_gradient_is_not_kept(tmp_path):
+def test_graph_with_an_operation_of_a_gradient_is_not_written(tmp_path):
     @keras.saving.register_keras_serializable("test")
     class Slope(keras.layers.Layer):
         def call(self, x):
@@ -292,7 +292,7 @@ def test_model_that_was_never_built_is_refused(tmp_path):
         export_saved_model(Unbuilt(), tmp_path / "1")
 
 
-def test_saved_model_that_differs_is_not_kept(tmp_path):
+def test_saved_model_that_differs_is_not_written(tmp_path):
     class Unsteady(keras.layers.Layer):
         """Answers otherwise every time, as a layer does that ignores `training`."""
 

@@ -74,7 +74,7 @@ def test_fixed_point_streams_are_served_and_never_leave_their_range_in_silence(
 @pytest.mark.parametrize(
     "name, dtype", [("model.tflite", "float16"), ("model.onnx", "bfloat16")]
 )
-def test_numbers_that_the_runtime_does_not_have_are_refused(tmp_path, name, dtype):
+def test_dtypes_that_the_runtime_does_not_have_are_refused(tmp_path, name, dtype):
     keras.config.set_dtype_policy(f"mixed_{dtype}")
     with pytest.raises(ValueError, match=f"computes in {dtype}, which .* does not"):
         WRITERS[name](dense_model(), tmp_path / name)
@@ -104,7 +104,7 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, name, module, extra):
     assert not os.listdir(tmp_path)
 
 
-def test_litert_file_that_differs_is_not_kept(tmp_path):
+def test_litert_file_that_differs_is_not_written(tmp_path):
     class Unsteady(keras.layers.Layer):
         """Answers otherwise each time that its graph is made."""
 
@@ -116,7 +116,7 @@ def test_litert_file_that_differs_is_not_kept(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_onnx_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+def test_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch):
     save = onnx.save
 
     def save_other_weights(proto, path):
@@ -131,14 +131,14 @@ def test_onnx_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_int8_file_of_ranges_that_do_not_fit_is_not_kept(tmp_path):
+def test_int8_file_of_ranges_that_do_not_fit_is_not_written(tmp_path):
     class Steep(keras.layers.Layer):
         """What matters is far below the step of 8 bits over the range."""
 
         def call(self, x):
             return (x * 1e-4 + 1e4) - 1e4
 
-    with pytest.raises(RuntimeError, match="int8 .* was not kept.*are off by"):
+    with pytest.raises(RuntimeError, match="int8 .* was not written.*are off by"):
         export_litert(
             dense_model(Steep()),
             tmp_path / "model.tflite",

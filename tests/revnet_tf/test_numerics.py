@@ -7,9 +7,10 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from twins import assert_same_state, conv_branch, images
 
-from revnet_tf import RevBlock, RevSequence, models, numerics
+from revnet_tf import RevBlock, RevSequence, _probe, models, numerics
 
 layers = keras.layers
 WIDTH = 4
@@ -136,6 +137,67 @@ def test_blocks_of_nested_models_and_of_the_papers_networks_are_found():
     assert list(found) == expected and len(found) == 4
 
 
+class TwoOfOneName(keras.Model):
+    """Keras gives both blocks, and their weights, the same paths."""
+
+    def __init__(self, make, names=("block", "block")):
+        super().__init__(name="model")
+        self.blocks = [make(name=name) for name in names]
+        self.top = layers.Dense(3)
+
+    def call(self, x, training=False):
+        for block in self.blocks:
+            x = block(x, training=training)
+        return self.top(x)
+
+
+def compiled_of_one_name(*args, **kwargs):
+    model = TwoOfOneName(*args, **kwargs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.01), loss)
+    model(batch()[0])
+    return model
+
+
+def test_blocks_and_variables_of_one_name_are_reported_apart():
+    def make(name):
+        return RevBlock(
+            layers.Dense(WIDTH, "tanh", name="f"),
+            layers.Dense(WIDTH, "tanh", name="g"),
+            name=name,
+        )
+
+    model = compiled_of_one_name(make)
+    x, y = batch()
+    errors = numerics.reconstruction_error(model, x)
+    assert list(errors) == ["model/block", "model/block_1"]
+    # The first block is reconstructed from the inputs of the second.
+    assert errors["model/block"].relative > errors["model/block_1"].relative > 0
+    angles = numerics.gradient_angle(model, x, y).by_variable
+    assert len(angles) == len(model.trainable_variables) == 10
+    assert {"model/block/f/kernel", "model/block/f/kernel_1"} < set(angles)
+
+
+def test_number_of_a_repeated_name_is_not_taken_by_another_block():
+    model = compiled_of_one_name(dense_block, names=["b", "b_1", "b", "b"])
+    errors = numerics.reconstruction_error(model, batch()[0])
+    assert list(errors) == ["model/b", "model/b_1", "model/b_2", "model/b_3"]
+
+
+def test_blocks_of_one_name_in_a_sequence_are_reported_apart():
+    layer = RevSequence([dense_block(name="b") for _ in range(3)], name="s")
+    layer.build((None, 2 * WIDTH))
+    errors = numerics.reconstruction_error(layer, batch()[0])
+    assert list(errors) == ["s/b", "s/b_1", "s/b_2"]
+
+
+def test_anchors_are_set_on_all_blocks_of_one_name():
+    model = compiled_of_one_name(dense_block)
+    anchors = numerics.set_anchors(model, *batch(), max_error=0)
+    assert anchors == ["model/block", "model/block_1"]
+    assert all(block.anchor for block in model.blocks)
+
+
 def test_a_layer_without_weights_yet_is_refused():
     with pytest.raises(ValueError, match="call or build it first"):
         numerics.reconstruction_error(dense_block(), batch()[0])
@@ -145,19 +207,19 @@ def test_angles_between_known_vectors():
     variables = [keras.Variable(np.zeros(2)) for _ in range(2)]
     a = [np.array([3.0, 0.0]), np.array([0.0, 4.0])]
     b = [np.array([0.0, 3.0]), np.array([0.0, 4.0])]
-    angle = numerics._angle(a, b, variables)
+    angle = _probe.angle(a, b, variables)
     # cos = 16 / 25, and the first pair is at right angles
     assert angle.overall == pytest.approx(np.degrees(np.arccos(16 / 25)))
     assert list(angle.by_variable.values())[0] == pytest.approx(90)
     # An arc cosine would say 0 or 1.2e-6.
-    assert numerics._degrees([(np.array([1, 0]), np.array([1, 1e-10]))]) == (
+    assert _probe.degrees([(np.array([1, 0]), np.array([1, 1e-10]))]) == (
         pytest.approx(np.degrees(1e-10))
     )
     zero, one = np.zeros(1), np.ones(1)
-    assert numerics._degrees([(zero, one)]) == 90
-    assert numerics._degrees([(zero, zero)]) == 0
-    assert numerics._degrees([(one * np.nan, one)]) == np.inf
-    assert np.isnan(numerics._degrees([(one, one * np.inf)]))
+    assert _probe.degrees([(zero, one)]) == 90
+    assert _probe.degrees([(zero, zero)]) == 0
+    assert _probe.degrees([(one * np.nan, one)]) == np.inf
+    assert np.isnan(_probe.degrees([(one, one * np.inf)]))
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
@@ -218,7 +280,7 @@ def test_drift_is_reported_with_the_block_and_anchors_bring_it_back(mode):
     anchors = [block.path for block in blocks if block.anchor]
     assert 2 <= len(anchors) <= 20
     (warning,) = caught
-    assert f"of the inputs of {blocks[0].path} differs" in str(warning.message)
+    assert f"reconstructed inputs of {blocks[0].path} differ" in str(warning.message)
     assert f"{len(anchors)} of 100 blocks are anchors" in str(warning.message)
 
 
@@ -313,6 +375,72 @@ def test_epochs_without_a_measurement_repeat_the_last_one():
     assert [row["step"] for row in monitor.rows] == [0, 3]
     a, b = (row["gradient_angle"] for row in monitor.rows)
     assert logs["gradient_angle"] == [a, a, b, b]
+
+
+def custom_loop(model, monitor, steps=4, begin=True, epoch_logs=None):
+    """Trains with an optimizer of its own, and calls the monitor as `fit` does."""
+    x, y = batch()
+    weights = [v.value for v in model.trainable_variables]
+    if begin:
+        monitor.on_train_begin()
+    for i in range(steps):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+        for v, d in zip(weights, tape.gradient(loss, weights), strict=True):
+            v.assign_sub(0.01 * d)
+        monitor.on_train_batch_end(i, None)
+    monitor.on_epoch_end(0, epoch_logs)
+
+
+@pytest.mark.parametrize("begin", [True, False])
+def test_custom_loop_is_watched_without_logs(begin, tmp_path):
+    plot = tmp_path / "drift.png"
+    monitor = numerics.ReversibilityMonitor(*batch(), every_steps=2, plot=plot)
+    model = model_of([dense_block()])
+    monitor.set_model(model)
+    custom_loop(model, monitor, begin=begin)
+    # Without `on_train_begin`, the first measurement is that of the first call.
+    assert [row["step"] for row in monitor.rows] == [0, 2, 4]
+    assert plot.exists()
+
+
+def test_custom_loop_finds_the_values_in_its_logs():
+    monitor = numerics.ReversibilityMonitor(*batch(), every_steps=1)
+    monitor.set_model(model_of([dense_block()]))
+    logs = {}
+    custom_loop(monitor.model, monitor, epoch_logs=logs)
+    values = [row["gradient_angle"] for row in monitor.rows]
+    assert len(values) == 5 and logs["gradient_angle"] == max(values)
+
+
+def test_model_without_an_optimizer_is_watched():
+    model = model_of([dense_block()])
+    model.compile(None, model.loss)
+    monitor = numerics.ReversibilityMonitor(*batch(), every_steps=4)
+    monitor.set_model(model)
+    custom_loop(model, monitor)
+    assert [row["step"] for row in monitor.rows] == [0, 4]
+
+
+def test_monitor_follows_another_model():
+    monitor = numerics.ReversibilityMonitor(*batch(), every_steps=4)
+    for _ in range(2):
+        model = model_of([dense_block()])
+        monitor.set_model(model)
+        custom_loop(model, monitor, begin=False)
+    names = [row["block"] for row in monitor.rows]
+    assert names[0] == names[1] != names[2] == names[3]
+
+
+def test_monitor_without_a_model_says_what_is_missing():
+    monitor = numerics.ReversibilityMonitor(*batch())
+    for call in (
+        monitor.on_train_begin,
+        lambda: monitor.on_train_batch_end(0),
+        lambda: monitor.on_epoch_end(0),
+    ):
+        with pytest.raises(ValueError, match=r"monitor\.set_model\(model\)"):
+            call()
 
 
 def test_bounds_are_warned_of_once_with_what_to_do():
