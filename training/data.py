@@ -18,10 +18,16 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
             counted, rather than ending the run.
 
     Raises:
-        ValueError: the data set has another number of classes.
+        ValueError: the data set has another number of classes, or is no TFDS data set
+            and `data_dir` is given.
         OSError: as `prepared.builder`; a record is corrupt.
     """
     if recipe.dataset == "digits":
+        if data_dir is not None:
+            raise ValueError(
+                f"data_dir={data_dir}: the digits are part of scikit-learn; leave "
+                "--data-dir out."
+            )
         images = _digits(recipe.test_in_mean)
     else:
         builder = prepared.builder(recipe.dataset, data_dir, download)

@@ -6,10 +6,9 @@ and LiteRT for small devices, in float32 or int8 arithmetic.
 """
 
 import sys
-from pathlib import Path
 
 from training import runs
-from training.command import Parser, io_errors, one_of
+from training.command import Parser, io_errors, one_of, path
 
 # With the name of the file in the run folder.
 FILES = {
@@ -90,20 +89,28 @@ def load(run_dir):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m training.export", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser = Parser(
+        prog="python -m training.export",
+        description="Exports a finished run, for servers or devices.",
+    )
+    parser.add_argument("run_dir", type=path, help="folder of the run.")
     parser.add_argument(
         "--format",
         type=one_of(FORMATS),
         default="saved_model",
         metavar="NAME",
-        help=f"{', '.join(FORMATS)}; defaults to saved_model",
+        help=f"{', '.join(FORMATS)}. Defaults to saved_model.",
     )
-    parser.add_argument("--output", type=Path, help="must not exist yet")
+    parser.add_argument("--output", type=path, help="path that does not exist yet.")
     parser.add_argument(
-        "--data-dir", type=Path, help="as in training.train, for litert_int8"
+        "--data-dir", type=path, help="as in training.train, for litert_int8."
     )
     args = parser.parse_args(argv)
+    if args.data_dir and args.format != "litert_int8":
+        parser.error(
+            f"--data-dir={args.data_dir}: only --format litert_int8 reads a data set; "
+            "leave it out"
+        )
     try:
         result = runs.finished(args.run_dir)
         if args.output:
