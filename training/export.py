@@ -35,7 +35,6 @@ def export(run_dir, output, result):
     from training import imagenet
 
     model = load(run_dir)
-    recipe = runs.read_json(run_dir / "recipe.json")
     # As `fit.serving_model` makes it.
     _, normalization, network, probabilities = model.layers
     pooled = keras.Model(network.input, network.get_layer("avg_pool").output)
@@ -49,10 +48,13 @@ def export(run_dir, output, result):
         },
         decode=(
             imagenet.centre_crop
-            if recipe["dataset"] == "imagenet2012"
+            if runs.recipe_of(run_dir).dataset == "imagenet2012"
             else decode_image(model.input_shape[1:])
         ),
-        card={"recipe": recipe, "result": result},
+        card={
+            "recipe": runs.read_json(run_dir / "recipe.json"),
+            "result": result,
+        },
     )
 
 
@@ -113,6 +115,7 @@ def main(argv=None):
         )
     try:
         result = runs.finished(args.run_dir)
+        runs.recipe_of(args.run_dir)  # An error here comes before any work.
         if args.output:
             output = args.output
         elif args.format in FILES:

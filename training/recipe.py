@@ -88,6 +88,25 @@ class Settings:
         if not condition:
             raise ValueError(f"{field}={getattr(self, field)!r}: {change}.")
 
+    @classmethod
+    def from_json(cls, content):
+        """Returns the instance whose fields a JSON object has.
+
+        A field that is not there has its default: the object may be older than it.
+
+        Raises:
+            ValueError: a field is unknown, has an impossible value, or is missing and
+                has no default.
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        for name in content.keys() - fields:
+            raise ValueError(f"this version has no field {name!r}")
+        for name, default in fields.items():
+            if default is dataclasses.MISSING and name not in content:
+                raise ValueError(f"the field {name!r} is missing")
+        tuples = {k: tuple(v) for k, v in content.items() if isinstance(v, list)}
+        return cls(**content | tuples)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Settings):
