@@ -48,7 +48,7 @@ def export(run_dir, output, result):
         },
         decode=(
             imagenet.centre_crop
-            if runs.recipe_of(run_dir).dataset == "imagenet2012"
+            if runs.recipe_of(run_dir).task.dataset == "imagenet2012"
             else decode_image(model.input_shape[1:])
         ),
         card={

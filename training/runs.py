@@ -6,13 +6,12 @@ Every file is written beside its place and moved into it when it is whole.
 
 import contextlib
 import csv
-import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 
-from training.recipes import Recipe
+from training.recipe import Recipe
 
 _PACKAGES = ("tensorflow", "keras", "numpy")
 
@@ -22,8 +21,7 @@ def describe(name, recipe):
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {
         "recipe": name,
-        # A round trip, so that tuples compare equal to the lists read from a file.
-        **json.loads(json.dumps(dataclasses.asdict(recipe))),
+        **recipe.to_json(),
         "versions": {"python": platform.python_version(), **versions},
     }
 
@@ -82,13 +80,14 @@ def check_free(run_dir, description):
             f"{run_dir} holds a finished run; give another --run-dir, or remove it."
         )
     (found_name, found), (name, recipe) = _recipe_file(run_dir), _described(description)
-    found = {"recipe": found_name} | dataclasses.asdict(found)
-    wanted = {"recipe": name} | dataclasses.asdict(recipe)
-    for field, value in wanted.items():
-        if found[field] != value:
+    found = {"recipe": found_name} | found.values()
+    wanted = {"recipe": name} | recipe.values()
+    for field in wanted | found:
+        there, here = found.get(field), wanted.get(field)
+        if there != here:
             raise FileExistsError(
-                f"{run_dir} holds an unfinished run with {field}={found[field]!r}, "
-                f"not {value!r}; give another --run-dir, or repeat its flags."
+                f"{run_dir} holds an unfinished run with {field}={there!r}, not "
+                f"{here!r}; give another --run-dir, or repeat its flags."
             )
 
 

@@ -4,7 +4,6 @@ The same command on the folder of an unfinished run goes on from its last checkp
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import os
 import re
@@ -17,8 +16,10 @@ from pathlib import Path
 
 from training import runs
 from training.command import Parser, io_errors, one_of, path
-from training.recipe import COUNT, DATASETS, Recipe, check
+from training.recipe import CHOICES
+from training.recipe import flags as recipe_flags
 from training.recipes import RECIPES
+from training.settings import COUNT, check
 
 
 def main(argv=None):
@@ -72,10 +73,10 @@ def main(argv=None):
             f"replica(s), in {run_dir}",
             flush=True,
         )
-        if recipe.unreached_steps():
+        if unreached := recipe.schedule.unreached_steps(recipe.train_steps):
             print(
                 "The run ends before these steps, and its learning rate does not "
-                f"decay there: {recipe.unreached_steps()}",
+                f"decay there: {unreached}",
                 flush=True,
             )
         if memory:
@@ -236,18 +237,18 @@ def parse(argv):
         metavar="SIZE",
         help="such as 6GiB: store as many activations as fit, recompute the others.",
     )
-    kinds = typing.get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        add_flag(parser, field, kinds[field.name])
+    flags = recipe_flags()
+    for name, flag in flags.items():
+        add_flag(parser, name, *flag)
     args = parser.parse_args(argv)
-    changes = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(Recipe)
-        if hasattr(args, field.name)
-    }
+    changes = {name: getattr(args, name) for name in flags if hasattr(args, name)}
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    recipe = RECIPES[args.recipe]
     try:
-        recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
+        choices = {c.flag for c in CHOICES} & recipe.values().keys() & changes.keys()
+        chosen = recipe.replace(**{flag: changes[flag] for flag in choices})
+        refuse_unknown(parser, chosen, changes)
+        recipe = recipe.replace(**changes)
         for flag in ("save_every", "monitor"):
             check(flag, getattr(args, flag), int | None, COUNT)
     except ValueError as error:
@@ -258,28 +259,46 @@ def parse(argv):
             "leave it out"
         )
     for flag in ("monitor", "memory_budget"):
-        if getattr(args, flag) and not (recipe.reversible and recipe.recompute):
+        if getattr(args, flag) and not getattr(recipe.network, "recompute", False):
             parser.error(
-                f"--{flag.replace('_', '-')}: this network reconstructs no "
-                "activations; leave it out"
+                f"{spelled(flag)}: this network reconstructs no activations; leave it "
+                "out"
             )
     return parser, args.recipe, recipe, args
 
 
-def add_flag(parser, field, kind):
-    """Adds the flag of a field that `recipe.setting` has made."""
+def add_flag(parser, name, kind, help, options):
+    """Adds a flag of the recipes, as `recipe.flags` describes it."""
     if isinstance(kind, types.UnionType):
         kind, _ = typing.get_args(kind)  # `None` is the value without the flag.
-    options = {"help": field.metadata["help"].replace("%", "%%")}
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        how = {"action": argparse.BooleanOptionalAction}
     else:
-        if typing.get_origin(kind) is tuple:
-            options["nargs"] = "*"
-            kind, _ = typing.get_args(kind)
-        options["type"] = one_of(DATASETS) if field.name == "dataset" else kind
-        options["metavar"] = "N" if kind is int else field.name.upper()
-    parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        is_list = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if is_list else kind
+        how = {
+            "type": one_of(options) if options else kind,
+            "metavar": "N" if kind is int else name.upper(),
+            "nargs": "*" if is_list else None,
+        }
+    parser.add_argument(spelled(name), help=help.replace("%", "%%"), **how)
+
+
+def refuse_unknown(parser, recipe, changes):
+    """Ends the program if a flag is given that this recipe does not have."""
+    for name in changes:
+        if name not in recipe.values():
+            kinds = [type(part).__name__ for part in recipe.parts().values()]
+            others = [other for other in RECIPES if name in RECIPES[other].values()]
+            parser.error(
+                f"unexpected {spelled(name)}: {', '.join(kinds)} have no such field; "
+                f"recipes that have it: {', '.join(others) or 'none'}"
+            )
+
+
+def spelled(name):
+    """Returns the flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 def size(text):
