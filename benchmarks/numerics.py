@@ -17,7 +17,6 @@ not measured again, a training continues from its last checkpoint.
 """
 
 import argparse
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -132,9 +131,7 @@ def training(recipe, images, run_dir, every_steps, steps, minutes):
     networks = {}
     for name in CURVES:
         keras.utils.set_random_seed(recipe.seed)
-        network = fit.build(
-            dataclasses.replace(recipe, recompute=name == "rebuilt"), images
-        )
+        network = fit.build(recipe.replace(recompute=name == "rebuilt"), images)
         fit.compile_network(network, recipe)
         networks[name] = network
     stem = networks["perturbed"].trainable_variables[0]

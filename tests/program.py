@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 import revnet_tf
+from revnet_tf import models
 from training import fit, train
 
 
@@ -90,7 +91,7 @@ def main(options, argv):
         devices = [tf.config.LogicalDeviceConfiguration()] * options["devices"]
         tf.config.set_logical_device_configuration(cpu, devices)
     if "network" in options:
-        fit.models.RevNet = NETWORKS[options["network"]]
+        models.RevNet = NETWORKS[options["network"]]
     if "kill" in options:
         kill_after_step(options["kill"])
     if "kill_in_save" in options:

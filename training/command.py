@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +53,13 @@ def one_of(options):
         return word
 
     return parse
+
+
+def path(text):
+    """Returns the path of an argument that is not empty, as an unset variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, received an empty string")
+    return Path(text)
 
 
 def suggestion(word, options):

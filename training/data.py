@@ -18,20 +18,27 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
             counted, rather than ending the run.
 
     Raises:
-        ValueError: the data set has another number of classes.
+        ValueError: the data set has another number of classes, or is no TFDS data set
+            and `data_dir` is given.
         OSError: as `prepared.builder`; a record is corrupt.
     """
-    if recipe.dataset == "digits":
-        images = _digits(recipe.test_in_mean)
+    task = recipe.task
+    if task.dataset == "digits":
+        if data_dir is not None:
+            raise ValueError(
+                f"data_dir={data_dir}: the digits are part of scikit-learn; leave "
+                "--data-dir out."
+            )
+        images = _digits(task.test_in_mean)
     else:
-        builder = prepared.builder(recipe.dataset, data_dir, download)
-        if recipe.dataset == "imagenet2012":
+        builder = prepared.builder(task.dataset, data_dir, download)
+        if task.dataset == "imagenet2012":
             images = ImageNet(builder, skip_corrupt)
         else:
-            images = _in_memory(builder, skip_corrupt, recipe.test_in_mean)
-    if len(images.class_names) != recipe.classes:
+            images = _in_memory(builder, skip_corrupt, task.test_in_mean)
+    if len(images.class_names) != task.classes:
         raise ValueError(
-            f"classes={recipe.classes}, but this copy of {recipe.dataset} has "
+            f"classes={task.classes}, but this copy of {task.dataset} has "
             f"{len(images.class_names)}; use that number, or another --data-dir."
         )
     return images

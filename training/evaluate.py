@@ -1,10 +1,9 @@
 """Scores a finished run: `python -m training.evaluate RUN_DIR [--data-dir DIR]`."""
 
 import sys
-from pathlib import Path
 
 from training import runs
-from training.command import Parser, io_errors
+from training.command import Parser, io_errors, path
 
 
 def score(run_dir, images):
@@ -30,11 +29,14 @@ def score(run_dir, images):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m training.evaluate", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--data-dir", type=Path, help="as in training.train")
+    parser = Parser(
+        prog="python -m training.evaluate",
+        description="Scores a finished run on its test images.",
+    )
+    parser.add_argument("run_dir", type=path, help="folder of the run.")
+    parser.add_argument("--data-dir", type=path, help="as in training.train.")
     parser.add_argument(
-        "--skip-corrupt", action="store_true", help="as in training.train"
+        "--skip-corrupt", action="store_true", help="as in training.train."
     )
     args = parser.parse_args(argv)
     try:

@@ -6,10 +6,9 @@ and LiteRT for small devices, in float32 or int8 arithmetic.
 """
 
 import sys
-from pathlib import Path
 
 from training import runs
-from training.command import Parser, io_errors, one_of
+from training.command import Parser, io_errors, one_of, path
 
 # With the name of the file in the run folder.
 FILES = {
@@ -36,7 +35,6 @@ def export(run_dir, output, result):
     from training import imagenet
 
     model = load(run_dir)
-    recipe = runs.read_json(run_dir / "recipe.json")
     # As `fit.serving_model` makes it.
     _, normalization, network, probabilities = model.layers
     pooled = keras.Model(network.input, network.get_layer("avg_pool").output)
@@ -50,10 +48,13 @@ def export(run_dir, output, result):
         },
         decode=(
             imagenet.centre_crop
-            if recipe["dataset"] == "imagenet2012"
+            if runs.recipe_of(run_dir).task.dataset == "imagenet2012"
             else decode_image(model.input_shape[1:])
         ),
-        card={"recipe": recipe, "result": result},
+        card={
+            "recipe": runs.read_json(run_dir / "recipe.json"),
+            "result": result,
+        },
     )
 
 
@@ -90,22 +91,31 @@ def load(run_dir):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m training.export", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser = Parser(
+        prog="python -m training.export",
+        description="Exports a finished run, for servers or devices.",
+    )
+    parser.add_argument("run_dir", type=path, help="folder of the run.")
     parser.add_argument(
         "--format",
         type=one_of(FORMATS),
         default="saved_model",
         metavar="NAME",
-        help=f"{', '.join(FORMATS)}; defaults to saved_model",
+        help=f"{', '.join(FORMATS)}. Defaults to saved_model.",
     )
-    parser.add_argument("--output", type=Path, help="must not exist yet")
+    parser.add_argument("--output", type=path, help="path that does not exist yet.")
     parser.add_argument(
-        "--data-dir", type=Path, help="as in training.train, for litert_int8"
+        "--data-dir", type=path, help="as in training.train, for litert_int8."
     )
     args = parser.parse_args(argv)
+    if args.data_dir and args.format != "litert_int8":
+        parser.error(
+            f"--data-dir={args.data_dir}: only --format litert_int8 reads a data set; "
+            "leave it out"
+        )
     try:
         result = runs.finished(args.run_dir)
+        runs.recipe_of(args.run_dir)  # An error here comes before any work.
         if args.output:
             output = args.output
         elif args.format in FILES:

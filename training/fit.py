@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from revnet_tf import memory, models, numerics
+from revnet_tf import memory, numerics
 from training import runs
 from training.checkpoints import Checkpoints
 from training.strategy import (
@@ -33,62 +33,26 @@ class Preempted(Exception):
 
 def learning_rate(recipe):
     """Returns the learning rate of a recipe: a number, or a schedule of the step."""
-    schedules = keras.optimizers.schedules
-    if recipe.schedule == "cosine":
-        return schedules.CosineDecay(
-            0.0 if recipe.warmup_steps else recipe.learning_rate,
-            recipe.train_steps - recipe.warmup_steps,
-            warmup_target=recipe.learning_rate if recipe.warmup_steps else None,
-            warmup_steps=recipe.warmup_steps,
-        )
-    if not recipe.decay_steps:
-        return recipe.learning_rate
-    return schedules.PiecewiseConstantDecay(
-        # A boundary is the last step of the rate before it.
-        [step - 1 for step in recipe.decay_steps],
-        [recipe.learning_rate / 10**i for i in range(len(recipe.decay_steps) + 1)],
-    )
+    return recipe.schedule.build(recipe.train_steps)
 
 
 def build(recipe, images):
     """Returns the network: normalized images to logits."""
-    options = {}
-    if recipe.reversible:
-        options = {
-            "recompute": recipe.recompute,
-            "fraction_bits": recipe.fraction_bits,
-        }
     before = keras.config.dtype_policy()
     if recipe.precision != "float32":
         keras.config.set_dtype_policy(recipe.precision)
     try:
-        return (models.RevNet if recipe.reversible else models.ResNet)(
-            recipe.num_blocks,
-            recipe.channels,
-            recipe.bottleneck,
-            stem="imagenet" if recipe.dataset == "imagenet2012" else "cifar",
-            input_shape=images.image_shape,
-            classes=len(images.class_names),
-            classifier_activation=None,
-            # The gradient of c * w**2 is 2 * c * w. Keras's own `weight_decay` is
-            # decoupled from the gradient, and would be another method.
-            kernel_regularizer=keras.regularizers.L2(recipe.weight_decay / 2),
-            **options,
-        )
+        return recipe.network.build(recipe.task, images, recipe.optimizer)
     finally:
         keras.config.set_dtype_policy(before)
 
 
 def compile_network(network, recipe):
     """Compiles the network, and returns its metrics."""
-    optimizer = keras.optimizers.SGD(learning_rate(recipe), recipe.momentum)
+    optimizer = recipe.optimizer.build(learning_rate(recipe))
     if recipe.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    metrics = [
-        keras.metrics.SparseCategoricalAccuracy("accuracy"),
-        # What Keras reports as `loss` has the regularization in it.
-        keras.metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True),
-    ]
+    metrics = recipe.task.metrics()
     jit = recipe.jit
     if jit is None:
         # What Keras does with a model that was made in the scope of a strategy.
@@ -96,7 +60,7 @@ def compile_network(network, recipe):
         jit = "auto" if alone else False
     network.compile(
         optimizer=optimizer,
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        loss=recipe.task.loss(),
         weighted_metrics=metrics,
         jit_compile=jit,
     )

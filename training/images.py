@@ -131,7 +131,7 @@ class ImagesInMemory(Images):
             # A permutation that need not be held, nor be filled before the first image.
             i = tf.random.experimental.index_shuffle(index, key, size - 1)
             image = self.normalize(pixels[i])
-            return augment(image, tf.random.fold_in(key, index), recipe), labels[i]
+            return augment(image, tf.random.fold_in(key, index), recipe.task), labels[i]
 
         return (
             tf.data.Dataset.range(first_step * batch, tf.int64.max)
@@ -173,13 +173,13 @@ def full_batches(examples, steps, batch_size, context):
     return batches.prefetch(tf.data.AUTOTUNE)
 
 
-def augment(image, key, recipe):
+def augment(image, key, task):
     """Zero-pads, crops at random to the former size, and flips at random."""
     crop_key, flip_key = tf.unstack(tf.random.split(key))
-    if recipe.pad:
-        pad = [recipe.pad, recipe.pad]
+    if task.pad:
+        pad = [task.pad, task.pad]
         padded = tf.pad(image, [pad, pad, [0, 0]])
         image = tf.image.stateless_random_crop(padded, image.shape, crop_key)
-    if recipe.flip:
+    if task.flip:
         image = tf.image.stateless_random_flip_left_right(image, flip_key)
     return image

@@ -6,13 +6,12 @@ Every file is written beside its place and moved into it when it is whole.
 
 import contextlib
 import csv
-import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 
-from training.recipes import Recipe
+from training.recipe import Recipe
 
 _PACKAGES = ("tensorflow", "keras", "numpy")
 
@@ -22,20 +21,40 @@ def describe(name, recipe):
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {
         "recipe": name,
-        # A round trip, so that tuples compare equal to the lists read from a file.
-        **json.loads(json.dumps(dataclasses.asdict(recipe))),
+        **recipe.to_json(),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
 def recipe_of(run_dir):
-    """Returns the `Recipe` of a run."""
-    found = read_json(run_dir / "recipe.json")
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    # A run may be older than a field.
-    values = {field: found[field] for field in fields if field in found}
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return Recipe(**values | lists)
+    """Returns the `Recipe` of a run.
+
+    Raises:
+        ValueError: `recipe.json` does not describe one.
+    """
+    return _recipe_file(run_dir)[1]
+
+
+def _recipe_file(run_dir):
+    """Returns the name of a run's recipe, and the `Recipe`."""
+    path = run_dir / "recipe.json"
+    try:
+        return _described(read_json(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; bring back a copy, or use another run folder."
+        ) from error
+
+
+def _described(description):
+    """Returns the name and the `Recipe` that `describe` has described."""
+    if not isinstance(description, dict):
+        raise ValueError(f"expected an object, found a {type(description).__name__}")
+    if not isinstance(description.get("recipe"), str):
+        raise ValueError("the field 'recipe', a name, is missing")
+    about = ("recipe", "run", "versions")
+    fields = {k: v for k, v in description.items() if k not in about}
+    return description["recipe"], Recipe.from_json(fields)
 
 
 def check_free(run_dir, description):
@@ -60,13 +79,15 @@ def check_free(run_dir, description):
         raise FileExistsError(
             f"{run_dir} holds a finished run; give another --run-dir, or remove it."
         )
-    found = read_json(run_dir / "recipe.json")
-    for field, wanted in description.items():
-        # A run may go on after an update of a package.
-        if field != "versions" and found.get(field) != wanted:
+    (found_name, found), (name, recipe) = _recipe_file(run_dir), _described(description)
+    found = {"recipe": found_name} | found.values()
+    wanted = {"recipe": name} | recipe.values()
+    for field in wanted | found:
+        there, here = found.get(field), wanted.get(field)
+        if there != here:
             raise FileExistsError(
-                f"{run_dir} holds an unfinished run with {field}={found.get(field)!r}, "
-                f"not {wanted!r}; give another --run-dir, or repeat its flags."
+                f"{run_dir} holds an unfinished run with {field}={there!r}, not "
+                f"{here!r}; give another --run-dir, or repeat its flags."
             )
 
 

@@ -4,9 +4,7 @@ The same command on the folder of an unfinished run goes on from its last checkp
 """
 
 import argparse
-import dataclasses
 import importlib.util
-import inspect
 import os
 import re
 import shutil
@@ -17,8 +15,11 @@ import typing
 from pathlib import Path
 
 from training import runs
-from training.command import Parser, io_errors, one_of
-from training.recipes import DATASETS, RECIPES, Recipe
+from training.command import Parser, io_errors, one_of, path
+from training.recipe import CHOICES
+from training.recipe import flags as recipe_flags
+from training.recipes import RECIPES
+from training.settings import COUNT, check
 
 
 def main(argv=None):
@@ -72,6 +73,12 @@ def main(argv=None):
             f"replica(s), in {run_dir}",
             flush=True,
         )
+        if unreached := recipe.schedule.unreached_steps(recipe.train_steps):
+            print(
+                "The run ends before these steps, and its learning rate does not "
+                f"decay there: {unreached}",
+                flush=True,
+            )
         if memory:
             print(f"On each replica, by estimate:\n{memory}", flush=True)
     callbacks = []
@@ -173,104 +180,125 @@ def parse(argv):
         type=one_of(RECIPES),
         default="digits_revnet",
         metavar="NAME",
-        help="defaults to digits_revnet",
+        help="defaults to digits_revnet.",
     )
     parser.add_argument(
-        "--run-dir", type=Path, default=None, help="defaults to runs/NAME"
+        "--run-dir", type=path, default=None, help="defaults to runs/NAME."
     )
     parser.add_argument(
         "--data-dir",
-        type=Path,
+        type=path,
         default=None,
-        help="folder of TFDS data sets; defaults to TFDS_DATA_DIR, then to TFDS's own",
+        help="folder of TFDS data sets. Defaults to TFDS_DATA_DIR, then to TFDS's own.",
     )
     parser.add_argument(
         "--skip-corrupt",
         action="store_true",
         default=False,
-        help="leave out and count images that cannot be read, rather than end the run",
+        help="leave out and count images that cannot be read, rather than end the run.",
     )
     parser.add_argument(
         "--strategy",
         type=one_of(("auto", "single", "mirrored", "multiworker")),
         default="auto",
         metavar="NAME",
-        help="auto (default), single, mirrored or multiworker",
+        help="auto (default), single, mirrored or multiworker.",
     )
     parser.add_argument(
         "--save-every",
         type=int,
         default=None,
         metavar="N",
-        help="steps between checkpoints; there is one after each epoch, too",
+        help="steps between checkpoints, in addition to that of each epoch.",
     )
     parser.add_argument(
         "--monitor",
         type=int,
         default=None,
         metavar="N",
-        help="measure every N steps how well activations are rebuilt",
+        help="measure every N steps how exactly activations are reconstructed.",
     )
     parser.add_argument(
         "--tensorboard",
         action="store_true",
         default=False,
-        help="write curves and histograms to the run folder, for TensorBoard",
+        help="write curves and histograms to the run folder, for TensorBoard.",
     )
     parser.add_argument(
         "--memory-report",
         action="store_true",
         default=False,
-        help="say first what a training step will keep in memory",
+        help="print an estimate of the memory of a training step first.",
     )
     parser.add_argument(
         "--memory-budget",
         type=size,
         default=None,
         metavar="SIZE",
-        help="as 6GiB: store as many activations as fit into it, recompute the others",
+        help="such as 6GiB: store as many activations as fit, recompute the others.",
     )
-    kinds = typing.get_type_hints(Recipe)
-    described = describe_fields()
-    for field in dataclasses.fields(Recipe):
-        flag, kind = "--" + field.name.replace("_", "-"), kinds[field.name]
-        if isinstance(kind, types.UnionType):
-            kind, _ = typing.get_args(kind)  # None is to leave the flag out
-        options = {"help": described[field.name]}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
-        elif field.name == "dataset":
-            options["type"] = one_of(DATASETS)
-        else:
-            options["type"] = kind
-        if kind is not bool:
-            options["metavar"] = "N" if kind is int else field.name.upper()
-        parser.add_argument(flag, **options)
+    flags = recipe_flags()
+    for name, flag in flags.items():
+        add_flag(parser, name, *flag)
     args = parser.parse_args(argv)
-    for flag in ("save_every", "monitor"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            parser.error(f"{flag}={value}: use a number above 0")
+    changes = {name: getattr(args, name) for name in flags if hasattr(args, name)}
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    recipe = RECIPES[args.recipe]
+    try:
+        choices = {c.flag for c in CHOICES} & recipe.values().keys() & changes.keys()
+        chosen = recipe.replace(**{flag: changes[flag] for flag in choices})
+        refuse_unknown(parser, chosen, changes)
+        recipe = recipe.replace(**changes)
+        for flag in ("save_every", "monitor"):
+            check(flag, getattr(args, flag), int | None, COUNT)
+    except ValueError as error:
+        parser.error(error)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error(
             "--tensorboard needs the package tensorboard: pip install tensorboard, or "
             "leave it out"
         )
-    changes = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(Recipe)
-        if hasattr(args, field.name)
-    }
-    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-    try:
-        recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
-    except ValueError as error:
-        parser.error(error)
-    if args.monitor and not (recipe.reversible and recipe.recompute):
-        parser.error("--monitor: this network rebuilds no activations; leave it out")
+    for flag in ("monitor", "memory_budget"):
+        if getattr(args, flag) and not getattr(recipe.network, "recompute", False):
+            parser.error(
+                f"{spelled(flag)}: this network reconstructs no activations; leave it "
+                "out"
+            )
     return parser, args.recipe, recipe, args
+
+
+def add_flag(parser, name, kind, help, options):
+    """Adds a flag of the recipes, as `recipe.flags` describes it."""
+    if isinstance(kind, types.UnionType):
+        kind, _ = typing.get_args(kind)  # `None` is the value without the flag.
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    else:
+        is_list = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if is_list else kind
+        how = {
+            "type": one_of(options) if options else kind,
+            "metavar": "N" if kind is int else name.upper(),
+            "nargs": "*" if is_list else None,
+        }
+    parser.add_argument(spelled(name), help=help.replace("%", "%%"), **how)
+
+
+def refuse_unknown(parser, recipe, changes):
+    """Ends the program if a flag is given that this recipe does not have."""
+    for name in changes:
+        if name not in recipe.values():
+            kinds = [type(part).__name__ for part in recipe.parts().values()]
+            others = [other for other in RECIPES if name in RECIPES[other].values()]
+            parser.error(
+                f"unexpected {spelled(name)}: {', '.join(kinds)} have no such field; "
+                f"recipes that have it: {', '.join(others) or 'none'}"
+            )
+
+
+def spelled(name):
+    """Returns the flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 def size(text):
@@ -279,18 +307,14 @@ def size(text):
     try:
         number, prefix, binary = found.groups()
         factor = (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper())
-        return int(float(number) * factor)
-    except (AttributeError, ValueError):
+        num_bytes = int(float(number) * factor)
+    except (AttributeError, ValueError, OverflowError):
+        num_bytes = 0
+    if not 0 < num_bytes < 2**63:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; write it as 6GiB, 500MB or a number of bytes"
-        ) from None
-
-
-def describe_fields():
-    """Returns what the docstring of `Recipe` says of each field."""
-    _, arguments = inspect.getdoc(Recipe).split("Args:")
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.M | re.S)
-    return {name: " ".join(text.replace("%", "%%").split()) for name, text in found}
+            f"{text!r} is no size; write it as 6GiB, 500MB or a number of bytes above 0"
+        )
+    return num_bytes
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ from training import data
 from training.images import ImagesInMemory
 from training.recipes import RECIPES
 
-RECIPE = dataclasses.replace(
-    RECIPES["digits_revnet"], global_batch_size=4, pad=0, flip=False
-)
+RECIPE = RECIPES["digits_revnet"].replace(global_batch_size=4, pad=0, flip=False)
 CIFAR10 = RECIPES["cifar10_revnet38"]
 # Real CIFAR-10, where TFDS has prepared it.
 CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -66,7 +64,7 @@ def test_epoch_holds_no_image_twice_and_leaves_out_another_rest_each_time():
 @pytest.mark.parametrize("first_step", [3, 5])
 def test_run_that_goes_on_sees_what_a_straight_run_sees(first_step):
     images = numbered_images(13)
-    recipe = dataclasses.replace(RECIPE, pad=2, flip=True)
+    recipe = RECIPE.replace(pad=2, flip=True)
     x, y = training_arrays(images, recipe, steps=9)
     tf.random.set_seed(99)  # neither global seed nor earlier draws matter
     x_on, y_on = training_arrays(images, recipe, 9 - first_step, first_step)
@@ -77,7 +75,7 @@ def test_run_that_goes_on_sees_what_a_straight_run_sees(first_step):
 def test_seeds_give_other_orders():
     images = numbered_images(100)
     orders = [
-        training_arrays(images, dataclasses.replace(RECIPE, seed=seed), 25)[1]
+        training_arrays(images, RECIPE.replace(seed=seed), 25)[1]
         for seed in (0, 1, 2**32 - 1)
     ]
     assert len({tuple(order) for order in orders}) == 3
@@ -85,7 +83,7 @@ def test_seeds_give_other_orders():
 
 def test_crops_are_windows_of_the_zero_padded_normalized_image():
     images = numbered_images(10)
-    recipe = dataclasses.replace(RECIPE, pad=1)
+    recipe = RECIPE.replace(pad=1)
     x, y = training_arrays(images, recipe, steps=50)
     offsets = []
     for crop, i in zip(x, y, strict=True):
@@ -104,7 +102,7 @@ def test_crops_are_windows_of_the_zero_padded_normalized_image():
 
 def test_about_half_of_the_images_are_flipped():
     images = numbered_images(10)
-    x, y = training_arrays(images, dataclasses.replace(RECIPE, flip=True), steps=50)
+    x, y = training_arrays(images, RECIPE.replace(flip=True), steps=50)
     straight = images.normalize(images.train_images[y]).numpy()
     flipped = np.isclose(x, straight[:, :, ::-1]).all(axis=(1, 2, 3))
     unflipped = np.isclose(x, straight).all(axis=(1, 2, 3))
@@ -164,7 +162,7 @@ def test_prepared_data_is_read_without_a_network_call(prepared, monkeypatch):
 
 def test_data_set_with_other_classes_than_the_recipe_says_is_refused(prepared):
     with pytest.raises(ValueError, match="classes=100, but .* cifar10 has 10"):
-        data.load(dataclasses.replace(CIFAR10, classes=100), prepared)
+        data.load(CIFAR10.replace(classes=100), prepared)
 
 
 def test_data_dir_comes_from_the_environment(prepared, monkeypatch):
@@ -250,7 +248,7 @@ def contexts(pipelines, replicas):
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_pipelines_of_workers_share_the_images_of_each_step(first_step):
     images = numbered_images(10)
-    recipe = dataclasses.replace(RECIPE, flip=True, pad=1)
+    recipe = RECIPE.replace(flip=True, pad=1)
     x, y = training_arrays(images, recipe, 6, first_step)
     shares = [
         list(

@@ -1,4 +1,3 @@
-import dataclasses
 import shutil
 
 import numpy as np
@@ -8,7 +7,7 @@ import tensorflow as tf
 from training import data, imagenet
 from training.recipes import RECIPES
 
-RECIPE = dataclasses.replace(RECIPES["imagenet_revnet104"], global_batch_size=5)
+RECIPE = RECIPES["imagenet_revnet104"].replace(global_batch_size=5)
 
 
 def load(data_dir, **options):
@@ -47,7 +46,7 @@ def test_run_that_goes_on_sees_what_a_straight_run_sees(imagenet_dir, first_step
 
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_workers_share_the_images_of_each_step(imagenet_dir, first_step):
-    recipe = dataclasses.replace(RECIPE, global_batch_size=4)
+    recipe = RECIPE.replace(global_batch_size=4)
     x, y = training_arrays(load(imagenet_dir), 5, first_step, recipe)
     shares = []
     for i in range(2):

@@ -1,7 +1,6 @@
 """Two workers and two replicas train what one device trains."""
 
 import ast
-import dataclasses
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from training.recipes import RECIPES
 
 README = Path(__file__).parents[2] / "README.md"
 THREE_STEPS = "--flip --train-steps 3 --decay-steps 2".split()
-RECIPE = dataclasses.replace(RECIPES["digits_revnet"], flip=True)
+RECIPE = RECIPES["digits_revnet"].replace(flip=True)
 
 
 def rows_of(run_dir):
@@ -106,7 +105,7 @@ def step_by_halves(halves):
             (), (), False, input_shape=x.shape[1:], classes=10
         )
         network.compile(
-            keras.optimizers.SGD(RECIPE.learning_rate),
+            keras.optimizers.SGD(RECIPE.schedule.learning_rate),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         network.train_on_batch(x, y)

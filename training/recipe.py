@@ -1,0 +1,410 @@
+"""The description of a training run: a network, a task, an optimizer and a schedule.
+
+Each is a dataclass that owns its fields, and every field is a flag of `training.train`.
+A new network, task, optimizer or schedule is a new dataclass in `PARTS`, whose `build`
+makes the Keras object.
+
+Only these methods load TensorFlow, so that the command line answers before.
+"""
+
+import dataclasses
+import typing
+from typing import Any, ClassVar, NamedTuple
+
+from training.settings import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Settings,
+    check,
+    setting,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNet(Settings):
+    """The paper's ordinary network, `revnet_tf.models.ResNet`."""
+
+    num_blocks: tuple[int, ...] = setting(
+        "blocks of each stage.", {"above": 0, "below": 10_001}
+    )
+    channels: tuple[int, ...] = setting(
+        "channels of the stem, then of each stage; both streams together.",
+        {"above": 0, "below": 2**14},
+    )
+    bottleneck: bool = setting(
+        "use branches of 1x1, 3x3, 1x1 convolutions, not of two 3x3 ones."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        stages = len(self.num_blocks)
+        self.require("num_blocks", stages, "give the blocks of each stage")
+        change = f"give the stem's channels, then those of each of the {stages} stages"
+        self.require("channels", len(self.channels) == stages + 1, change)
+
+    def build(self, task, images, optimizer):
+        """Returns the Keras model, normalized images to logits."""
+        from revnet_tf import models
+
+        return getattr(models, type(self).__name__)(
+            **vars(self),
+            stem="imagenet" if task.dataset == "imagenet2012" else "cifar",
+            input_shape=images.image_shape,
+            classes=len(images.class_names),
+            classifier_activation=None,
+            kernel_regularizer=optimizer.kernel_regularizer(),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RevNet(ResNet):
+    """The paper's reversible network, `revnet_tf.models.RevNet`."""
+
+    recompute: bool = setting(
+        "reconstruct activations in the backward pass, not store them.", default=True
+    )
+    fraction_bits: int | None = setting(
+        "use fixed-point streams with this number of fraction bits, which are "
+        "reconstructed bit for bit; without the flag, floating-point streams.",
+        {"at least": 0, "below": 23},
+        default=None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Settings):
+    """Images of one class each, with cross-entropy."""
+
+    datasets: ClassVar[tuple[str, ...]] = ()
+
+    dataset: str = setting("name of the data set.")
+    classes: int = setting("number of classes of the data set.", COUNT)
+
+    def __post_init__(self):
+        super().__post_init__()
+        change = f"use one of {', '.join(self.datasets)}"
+        self.require("dataset", self.dataset in self.datasets, change)
+
+    def loss(self):
+        import keras
+
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def metrics(self):
+        from keras import metrics
+
+        return [
+            metrics.SparseCategoricalAccuracy("accuracy"),
+            # Keras adds the regularization to the value that it reports as `loss`.
+            metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallImageClassification(Classification):
+    """Images in memory, less their mean image, augmented by crops and flips."""
+
+    datasets = ("digits", "cifar10", "cifar100")
+
+    pad: int = setting(
+        "pixels of zeros on each side of an image, of which a random crop is taken.",
+        {"at least": 0, "below": 33},
+        default=0,
+    )
+    flip: bool = setting("mirror half of the images.", default=False)
+    test_in_mean: bool = setting(
+        "subtract the mean of training and test images, as the paper's authors do, "
+        "not of training images only.",
+        default=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageNetClassification(Classification):
+    """Photographs in files, cropped, mirrored and distorted as for Inception."""
+
+    datasets = ("imagenet2012",)
+
+
+class Optimizer(Settings):
+    """Base class of optimizers."""
+
+    def kernel_regularizer(self):
+        """Returns the Keras regularizer of kernels that is part of the loss, or `None`.
+
+        The weight decay of Keras's optimizers is decoupled from the gradient.
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Optimizer):
+    """SGD with momentum, and with weight decay as a penalty in the loss."""
+
+    weight_decay: float = setting(
+        "w * weight_decay is added to the gradient of each conv and dense kernel w.",
+        NOT_NEGATIVE,
+    )
+    momentum: float = setting(
+        "momentum of SGD.", {"at least": 0, "below": 1}, default=0.9
+    )
+
+    def build(self, learning_rate):
+        import keras
+
+        return keras.optimizers.SGD(learning_rate, self.momentum)
+
+    def kernel_regularizer(self):
+        import keras
+
+        # The gradient of c * w**2 is 2 * c * w.
+        return keras.regularizers.L2(self.weight_decay / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(Settings):
+    """The learning rate as a function of the step."""
+
+    learning_rate: float = setting(
+        "learning rate of the first step; with a warm-up, the highest one.", POSITIVE
+    )
+
+    def check_steps(self, train_steps: int) -> None:
+        """Raises `ValueError` if the schedule does not fit the steps of a run."""
+
+    def unreached_steps(self, train_steps: int) -> list[int]:
+        """Returns the steps of the schedule that a run does not reach."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Piecewise(Schedule):
+    """A tenth of the learning rate from each of the decay steps on."""
+
+    decay_steps: tuple[int, ...] = setting(
+        "steps from which on a piecewise learning rate is a tenth of its last value.",
+        COUNT,
+        default=(),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        is_sorted = list(self.decay_steps) == sorted(set(self.decay_steps))
+        self.require("decay_steps", is_sorted, "give the steps in increasing order")
+
+    def unreached_steps(self, train_steps):
+        return [step for step in self.decay_steps if step >= train_steps]
+
+    def build(self, train_steps):
+        import keras
+
+        if not self.decay_steps:
+            return self.learning_rate
+        return keras.optimizers.schedules.PiecewiseConstantDecay(
+            # A boundary is the last step of the rate before it.
+            [step - 1 for step in self.decay_steps],
+            [self.learning_rate / 10**i for i in range(len(self.decay_steps) + 1)],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Schedule):
+    """Up from 0 in the warm-up, then down to 0 at the end along half a cosine."""
+
+    warmup_steps: int = setting(
+        "steps in which a cosine schedule rises.",
+        {"at least": 0, "below": 2**31},
+        default=0,
+    )
+
+    def check_steps(self, train_steps):
+        change = f"use less than train_steps={train_steps}"
+        self.require("warmup_steps", self.warmup_steps < train_steps, change)
+
+    def build(self, train_steps):
+        import keras
+
+        return keras.optimizers.schedules.CosineDecay(
+            0.0 if self.warmup_steps else self.learning_rate,
+            train_steps - self.warmup_steps,
+            warmup_target=self.learning_rate if self.warmup_steps else None,
+            warmup_steps=self.warmup_steps,
+        )
+
+
+PARTS = {
+    "network": (ResNet, RevNet),
+    "task": (SmallImageClassification, ImageNetClassification),
+    "optimizer": (SGD,),
+    "schedule": (Piecewise, Cosine),
+}
+
+
+class Choice(NamedTuple):
+    """A flag that chooses the class of a part; fields of one name keep their values.
+
+    Attributes:
+        flag: string, the name of the flag.
+        help: string, its help text.
+        classes: dictionary, the class of each value of the flag.
+    """
+
+    flag: str
+    help: str
+    classes: dict[Any, type[Settings]]
+
+    def of(self, value: Any) -> type[Settings]:
+        """Returns the class of a value; raises `ValueError` if there is none."""
+        options = tuple(self.classes)
+        check(self.flag, value, type(options[0]), {"options": options})
+        return self.classes[value]
+
+
+CHOICES = (
+    Choice(
+        "reversible",
+        "use a RevNet, or its matched ResNet.",
+        {True: RevNet, False: ResNet},
+    ),
+    Choice(
+        "dataset",
+        "digits (part of scikit-learn), or, from TFDS, cifar10, cifar100 or "
+        "imagenet2012.",
+        {name: task for task in PARTS["task"] for name in task.datasets},
+    ),
+    Choice(
+        "schedule",
+        "piecewise (a tenth of the learning rate from each of the decay steps on) or "
+        "cosine (up from 0 in the warm-up, then down to 0 at the end).",
+        {"piecewise": Piecewise, "cosine": Cosine},
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Settings):
+    """One training run."""
+
+    network: Settings
+    task: Settings
+    optimizer: Settings
+    schedule: Settings
+    global_batch_size: int = setting("images per step, over all replicas.", COUNT)
+    train_steps: int = setting("steps of the whole run; need not be epochs.", COUNT)
+    seed: int = setting(
+        "seed of the initial weights, and of order and augmentation of the images.",
+        # The range of NumPy's seeds, which Keras sets, too.
+        {"at least": 0, "below": 2**32},
+        default=0,
+    )
+    precision: str = setting(
+        "float32, or mixed_bfloat16 or mixed_float16: branches compute in 16 bits, "
+        "streams and weights are float32, and the loss is scaled for float16.",
+        {"options": ("float32", "mixed_bfloat16", "mixed_float16")},
+        default="float32",
+    )
+    jit: bool | None = setting(
+        "compile the step with XLA; without the flag, Keras decides: on one GPU only.",
+        default=None,
+    )
+    deterministic: bool = setting(
+        "make two runs equal bit for bit; with fixed-point streams, also one that "
+        "reconstructs activations and one that stores them.",
+        default=False,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.schedule.check_steps(self.train_steps)
+
+    def parts(self) -> dict[str, Settings]:
+        """Returns the network, the task, the optimizer and the schedule."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def values(self) -> dict[str, Any]:
+        """Returns the values of all flags of the recipe, by their names."""
+        found = {}
+        for part in (*self.parts().values(), self):
+            for choice in CHOICES:
+                for value, cls in choice.classes.items():
+                    if cls is type(part):
+                        found[choice.flag] = value
+            found |= {f.name: getattr(part, f.name) for f in part.settings()}
+        return found
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """Returns the recipe with other values of its flags.
+
+        Raises:
+            TypeError: the recipe has no such flag.
+            ValueError: a value is impossible.
+        """
+        parts, own = {}, dict(changes)
+        for name, part in self.parts().items():
+            cls, values = type(part), vars(part) | changes
+            for choice in CHOICES:
+                if choice.flag in changes and cls in choice.classes.values():
+                    cls = choice.of(own.pop(choice.flag))
+            fields = [f.name for f in cls.settings() if f.name in values]
+            parts[name] = cls(**{field: values[field] for field in fields})
+            own = {field: own[field] for field in own if field not in fields}
+        return dataclasses.replace(self, **parts, **own)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the recipe as an object for a JSON file."""
+        parts = {
+            name: {"kind": type(part).__name__} | vars(part)
+            for name, part in self.parts().items()
+        }
+        return vars(self) | parts
+
+    @classmethod
+    def from_json(cls, content):
+        if not any(isinstance(content.get(name), dict) for name in PARTS):
+            content = _with_parts(content)
+        parts = {}
+        for name in PARTS.keys() & content.keys():
+            kinds = {kind.__name__: kind for kind in PARTS[name]}
+            try:
+                if not isinstance(content[name], dict):
+                    raise ValueError(f"expected an object, found {content[name]!r}")
+                fields = {"kind": None} | content[name]
+                check("kind", fields["kind"], str, {"options": tuple(kinds)})
+                parts[name] = kinds[fields.pop("kind")].from_json(fields)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return super().from_json(content | parts)
+
+
+def _with_parts(content):
+    """Returns today's form of a `recipe.json` from before recipes had parts."""
+    # Every field was in one object, also those that another choice needs.
+    content = {"schedule": "piecewise"} | content
+    parts = {}
+    for name, (cls, *_) in PARTS.items():
+        for choice in CHOICES:
+            if cls in choice.classes.values():
+                if choice.flag not in content:
+                    raise ValueError(f"the field {choice.flag!r} is missing")
+                cls = choice.of(content[choice.flag])
+        fields = {f.name: content[f.name] for f in cls.settings() if f.name in content}
+        parts[name] = {"kind": cls.__name__} | fields
+    own = [field.name for field in Recipe.settings()]
+    rest = {k: v for k, v in content.items() if k in own or k not in flags()}
+    return rest | parts
+
+
+def flags() -> dict[str, tuple[Any, str, tuple]]:
+    """Returns the flags of all recipes: type, help text and possible values by name."""
+    found = {}
+    for choice in CHOICES:
+        options = tuple(choice.classes)
+        found[choice.flag] = (type(options[0]), choice.help, options)
+    for cls in (*(cls for classes in PARTS.values() for cls in classes), Recipe):
+        kinds = typing.get_type_hints(cls)
+        for field in cls.settings():
+            found.setdefault(
+                field.name, (kinds[field.name], field.metadata["help"], ())
+            )
+    return found
