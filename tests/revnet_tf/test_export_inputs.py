@@ -9,8 +9,8 @@ import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
 from revnet_tf import RevBlock, _examples, models
-from revnet_tf.export import export_litert, export_onnx, export_saved_model
 from revnet_tf._saved_model_check import find_fault
+from revnet_tf.export import export_litert, export_onnx, export_saved_model
 
 layers = keras.layers
 
