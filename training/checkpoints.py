@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from training import runs
+from revnet_tf._files import replacing
 
 KEPT = 2
 
@@ -36,7 +36,7 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"step-{step}"
         shutil.rmtree(path, ignore_errors=True)  # It was damaged, or passed over.
-        with runs.written_whole(path) as part:
+        with replacing(path) as part:
             self._checkpoint.write(str(part / "variables"))
         for old in self._saved()[:-KEPT]:
             shutil.rmtree(old)

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from revnet_tf import memory, models, numerics
-from training import runs
+from training import outputs
 from training.checkpoints import Checkpoints
 from training.strategy import (
     averaging,
@@ -241,7 +241,7 @@ class _RunFolder(keras.callbacks.Callback):
         # Written before the checkpoint, metrics.csv may be a row ahead of it.
         epochs = self.step / self.steps_per_epoch
         epochs = math.ceil(epochs) if self.epoch_is_whole() else math.floor(epochs)
-        self.rows = runs.read_metrics(run_dir / "metrics.csv")[:epochs]
+        self.rows = outputs.read_table(run_dir / "metrics.csv")[:epochs]
 
     def epoch_is_whole(self):
         """Returns whether no epoch is begun and not ended; the last one is shorter."""
@@ -316,7 +316,7 @@ class _RunFolder(keras.callbacks.Callback):
         }
         self.rows.append(row)
         if self.is_chief:
-            runs.write_metrics(self.run_dir / "metrics.csv", self.rows)
+            outputs.write_table(self.run_dir / "metrics.csv", self.rows)
         self.save()
         if self.is_chief and not sys.stdout.isatty():
             print(
@@ -346,7 +346,7 @@ class Monitor(numerics.ReversibilityMonitor):
         # Those of a run that goes on: what came after its checkpoint comes again.
         step = int(self.model.optimizer.iterations.numpy())
         self.rows = []
-        for row in runs.read_metrics(self.path):
+        for row in outputs.read_table(self.path):
             if int(row["step"]) < step:
                 numbers = {k: float(v) for k, v in row.items() if k != "block"}
                 self.rows.append(row | numbers | {"step": int(row["step"])})
@@ -354,7 +354,7 @@ class Monitor(numerics.ReversibilityMonitor):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        runs.write_metrics(self.path, self.rows)
+        outputs.write_table(self.path, self.rows)
 
 
 def peak_memory():

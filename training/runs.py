@@ -1,11 +1,9 @@
-"""The run folder: what lies in it, and who may write there.
+"""The run folder: its contents, and which process may write there.
 
-Every file is written beside its place and moved into it when it is whole.
-`result.json` is the last: a folder that holds it holds a finished run.
+No TensorFlow here: a start that is refused ends before TensorFlow is loaded. The
+program writes `result.json` last. A folder that holds it holds a finished run.
 """
 
-import contextlib
-import csv
 import dataclasses
 import importlib.metadata
 import json
@@ -89,56 +87,5 @@ def finished(run_dir):
     )
 
 
-@contextlib.contextmanager
-def written_whole(path):
-    """Gives the path to write to, and moves it to `path` if nothing went wrong."""
-    # In front of the name: Keras and Matplotlib go by what comes after the dot.
-    part = path.with_name(f"part-{path.name}")
-    yield part
-    os.replace(part, path)
-
-
 def read_json(path):
     return json.loads(path.read_text())
-
-
-def write_json(path, content):
-    with written_whole(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_metrics(path):
-    """Returns the rows of `metrics.csv`, one a finished epoch."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_metrics(path, rows):
-    with written_whole(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw_curves(path, rows, title):
-    """Draws loss and error over the epochs of `metrics.csv`."""
-    # A Figure of its own needs no display and leaves pyplot's state alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
-    loss, error = figure.subplots(1, 2)
-    epochs = [int(row["epoch"]) for row in rows]
-    for split in ("train", "test"):
-        loss.plot(epochs, [float(row[f"{split}_loss"]) for row in rows], label=split)
-        percent = [100 * (1 - float(row[f"{split}_accuracy"])) for row in rows]
-        error.plot(epochs, percent, label=split)
-    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    error.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
-    for axes in (loss, error):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=120)

@@ -31,7 +31,8 @@ def main(argv=None):
         import keras
         import tensorflow as tf
 
-        from training import data, fit
+        from revnet_tf._files import replacing
+        from training import data, fit, outputs
         from training import strategy as strategies
 
         strategy = strategies.get_strategy(args.strategy)
@@ -61,7 +62,7 @@ def main(argv=None):
         if chief:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not (run_dir / "recipe.json").exists():
-                runs.write_json(run_dir / "recipe.json", description)
+                outputs.write_json(run_dir / "recipe.json", description)
     except (ValueError, OSError) as error:
         parser.error(error)
 
@@ -88,7 +89,7 @@ def main(argv=None):
         )
         if chief:
             serving = fit.serving_model(network, images)
-            with runs.written_whole(run_dir / "model.keras") as part:
+            with replacing(run_dir / "model.keras") as part:
                 serving.save(part)
             finish(run_dir, name, recipe, network, images, rows)
         # The others wait: a worker that leaves early is taken for one that died.
@@ -130,9 +131,9 @@ def check_replicas(recipe, replicas):
 
 def finish(run_dir, name, recipe, network, images, rows):
     """Draws, scores and exports a trained run; its result is what was saved."""
-    from training import evaluate, export, fit
+    from training import evaluate, export, fit, outputs
 
-    runs.draw_curves(run_dir / "curves.png", rows, name)
+    outputs.draw_curves(run_dir / "curves.png", rows, name)
     accuracy, loss = evaluate.score(run_dir, images)
     result = {
         "recipe": name,
@@ -148,7 +149,7 @@ def finish(run_dir, name, recipe, network, images, rows):
     shutil.rmtree(run_dir / "export", ignore_errors=True)
     (run_dir / "export").mkdir()
     export.export(run_dir, run_dir / "export" / "1", result)
-    runs.write_json(run_dir / "result.json", result)
+    outputs.write_json(run_dir / "result.json", result)
     if images.corrupt:
         print(f"\n{len(images.corrupt)} corrupt image(s) left out", end="")
     print(f"""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from program import NETWORKS
 
-from training import data, runs
+from training import data, outputs
 from training.recipes import RECIPES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -25,7 +25,7 @@ RECIPE = dataclasses.replace(RECIPES["digits_revnet"], flip=True)
 
 
 def rows_of(run_dir):
-    return runs.read_metrics(run_dir / "metrics.csv")
+    return outputs.read_table(run_dir / "metrics.csv")
 
 
 def succeed(processes):
