@@ -63,14 +63,14 @@ def kill_after(seconds):
 
 
 def kill_after_step(seconds):
-    on_train_batch_end = fit._RunFolder.on_train_batch_end
+    on_train_batch_end = fit.Saving.on_train_batch_end
 
     def first(*args, **logs):
         kill_after(seconds)
-        fit._RunFolder.on_train_batch_end = on_train_batch_end
+        fit.Saving.on_train_batch_end = on_train_batch_end
         on_train_batch_end(*args, **logs)
 
-    fit._RunFolder.on_train_batch_end = first
+    fit.Saving.on_train_batch_end = first
 
 
 def kill_in_save(seconds):

@@ -1,6 +1,7 @@
 """A recipe, fitted: the network, its optimizer, the loop with its checkpoints."""
 
 import contextlib
+import dataclasses
 import math
 import re
 import signal
@@ -151,110 +152,149 @@ def serving_model(network, images):
 
 
 def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=()):
-    """Trains `network`, from the last checkpoint in `run_dir` if there is one.
+    """Trains `network`, from the last checkpoint in `run_dir` if it has one.
 
     Args:
-        network: built in the scope of `strategy`.
+        network: `keras.Model`, made in the scope of `strategy`.
         recipe: a `Recipe`.
-        images: its `Images`.
+        images: the `Images` of the recipe.
         run_dir: path of the run folder.
         strategy: a `tf.distribute.Strategy`.
-        save_every: number of steps between checkpoints, besides that of each epoch.
-        callbacks: further Keras callbacks.
+        save_every: int, the number of steps between checkpoints. Each epoch ends with
+            a checkpoint, too.
+        callbacks: list of further Keras callbacks.
 
     Returns:
         The rows of `metrics.csv`.
 
     Raises:
         Preempted: after SIGTERM.
-        FloatingPointError: the loss is not a number any more.
+        FloatingPointError: the loss is not finite.
     """
-    steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
     model = trainable(network, strategy)
     with strategy.scope():
         metrics = compile_network(model, recipe)
-        folder = _RunFolder(
-            model, metrics, recipe, images, run_dir, strategy, save_every
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            is_chief(strategy),
+            # TensorFlow does not find the seed generators of Keras in a model.
+            network=model.variables,
+            optimizer=model.optimizer.variables,
+            sums=[variable for metric in metrics for variable in metric.variables],
         )
+        progress, continue_epoch = resume(checkpoints, metrics, recipe, images, run_dir)
+        saving = Saving(progress, checkpoints, recipe, run_dir, strategy, save_every)
         test = strategy.distribute_datasets_from_function(
             lambda context: images.test_batches(
                 recipe.global_batch_size, context=context
             )
         )
-        with folder.saved_on_sigterm():
-            while folder.step < recipe.train_steps:
-                # First what is left of an epoch that was begun, then whole epochs.
-                epoch, begun = divmod(folder.step, steps_per_epoch)
-                whole = math.ceil(recipe.train_steps / steps_per_epoch)
+        with saving.on_sigterm():
+            while progress.step < recipe.train_steps:
+                # First the rest of an epoch that has begun, then whole epochs.
+                epoch, begun = divmod(progress.step, progress.steps_per_epoch)
+                whole = math.ceil(recipe.train_steps / progress.steps_per_epoch)
                 model.fit(
                     strategy.distribute_datasets_from_function(
                         lambda context: images.training_batches(
-                            recipe, folder.step, context
+                            recipe, progress.step, context
                         )
                     ),
                     validation_data=test,
                     validation_steps=images.test_steps(recipe.global_batch_size),
                     initial_epoch=epoch,
                     epochs=epoch + 1 if begun else whole,
-                    steps_per_epoch=steps_per_epoch - begun,
-                    shuffle=False,  # done by the batches
-                    callbacks=[folder, *callbacks],
+                    steps_per_epoch=progress.steps_per_epoch - begun,
+                    shuffle=False,  # The batches are shuffled.
+                    callbacks=[
+                        *([continue_epoch] if begun else []),
+                        saving,
+                        *callbacks,
+                    ],
                     verbose=1 if sys.stdout.isatty() and is_chief(strategy) else 0,
                 )
-    return folder.rows
+    return progress.rows
 
 
-class _RunFolder(keras.callbacks.Callback):
-    """Keeps the run folder up to date, and ends the run at its last step."""
+@dataclasses.dataclass
+class Progress:
+    """The part of a run that is done.
 
-    def __init__(self, model, metrics, recipe, images, run_dir, strategy, save_every):
+    Attributes:
+        train_steps: int, the number of steps of the whole run.
+        steps_per_epoch: int, the number of steps of an epoch. The last may have fewer.
+        step: int, the number of steps that are done.
+        rows: list of dictionaries, the rows of `metrics.csv`.
+    """
+
+    train_steps: int
+    steps_per_epoch: int
+    step: int
+    rows: list
+
+    @property
+    def epoch_is_whole(self):
+        """Whether the last step ended an epoch."""
+        return self.step == self.train_steps or self.step % self.steps_per_epoch == 0
+
+
+def resume(checkpoints, metrics, recipe, images, run_dir):
+    """Restores the last checkpoint of a run, if it has one.
+
+    Args:
+        checkpoints: the `Checkpoints` of the run.
+        metrics: list of the metrics, whose sums are in the checkpoints.
+        recipe, images, run_dir: as for `fit`.
+
+    Returns:
+        The `Progress` of the run, and the callback with which an epoch that has begun
+        continues its metrics.
+    """
+    step = checkpoints.restore()
+    if step and checkpoints.is_chief:
+        print(f"Going on from step {step} of {recipe.train_steps}", flush=True)
+    # Written before the checkpoint, metrics.csv may be a row ahead of it.
+    rows = outputs.read_table(run_dir / "metrics.csv")
+    rows = [row for row in rows if int(row["step"]) <= step]
+    steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
+    sums = [(v, v.numpy()) for metric in metrics for v in metric.variables]
+    for metric in metrics:
+        # Keras resets a metric at the begin of an epoch, but not before its first use.
+        metric.reset_state()
+
+    def continue_sums(*_):
+        for variable, value in sums:
+            variable.assign(value)
+
+    return (
+        Progress(recipe.train_steps, steps_per_epoch, step, rows),
+        keras.callbacks.LambdaCallback(on_epoch_begin=continue_sums),
+    )
+
+
+class Saving(keras.callbacks.Callback):
+    """Saves checkpoints and `metrics.csv`, and ends the run at its last step.
+
+    Args:
+        progress: a `Progress`, which the callback advances.
+        checkpoints: the `Checkpoints` of the run.
+        recipe, run_dir, strategy, save_every: as for `fit`.
+    """
+
+    def __init__(self, progress, checkpoints, recipe, run_dir, strategy, save_every):
         super().__init__()
-        self.recipe = recipe
-        self.steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
+        self.progress = progress
+        self.checkpoints = checkpoints
+        self.batch_size = recipe.global_batch_size
+        self.rate = learning_rate(recipe)
         self.run_dir = run_dir
         self.strategy = strategy
-        self.is_chief = is_chief(strategy)
         self.save_every = save_every
-        self.rate = learning_rate(recipe)
-        self.average_statistics = averaging(model, strategy)
         self.sigterm = False
-        # An epoch that is resumed in its middle goes on with what it has summed up.
-        self.sums = [variable for metric in metrics for variable in metric.variables]
-        self.checkpoints = Checkpoints(
-            run_dir / "checkpoints",
-            self.is_chief,
-            # The variables, not the model: in a model TensorFlow does not find Keras's
-            # seed generators.
-            network=model.variables,
-            optimizer=model.optimizer.variables,
-            sums=self.sums,
-        )
-        self.step = self.checkpoints.restore()
-        self.restored_sums = None
-        if self.step and self.is_chief:
-            print(f"Going on from step {self.step} of {recipe.train_steps}", flush=True)
-        if not self.epoch_is_whole():
-            self.restored_sums = [variable.numpy() for variable in self.sums]
-        # Keras does not reset those that it has not used yet.
-        for metric in metrics:
-            metric.reset_state()
-        # Written before the checkpoint, metrics.csv may be a row ahead of it.
-        epochs = self.step / self.steps_per_epoch
-        epochs = math.ceil(epochs) if self.epoch_is_whole() else math.floor(epochs)
-        self.rows = outputs.read_table(run_dir / "metrics.csv")[:epochs]
-
-    def epoch_is_whole(self):
-        """Returns whether no epoch is begun and not ended; the last one is shorter."""
-        last = self.step == self.recipe.train_steps
-        return last or self.step % self.steps_per_epoch == 0
-
-    def is_asked(self):
-        """Returns whether to look for SIGTERM, for which workers have to wait."""
-        return not is_multiworker(self.strategy) or self.step % WORKERS_ASK_EVERY == 0
 
     @contextlib.contextmanager
-    def saved_on_sigterm(self):
-        """Has SIGTERM end the run after the step, or the epoch's test, that it hits."""
+    def on_sigterm(self):
+        """Has SIGTERM end the run after the current step, or the test of the epoch."""
 
         def note(*_):
             self.sigterm = True
@@ -265,46 +305,61 @@ class _RunFolder(keras.callbacks.Callback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def on_train_begin(self, logs=None):
+        self.average_statistics = averaging(self.model, self.strategy)
+
     def on_epoch_begin(self, epoch, logs=None):
         self.began = time.perf_counter()
-        self.first_step = self.step
-        if self.restored_sums:
-            for variable, value in zip(self.sums, self.restored_sums, strict=True):
-                variable.assign(value)
-            self.restored_sums = None
+        self.first_step = self.progress.step
 
     def on_train_batch_end(self, batch, logs=None):
-        self.step += 1
-        if self.step == self.recipe.train_steps:
+        progress = self.progress
+        progress.step += 1
+        if progress.step == progress.train_steps:
             self.model.stop_training = True
-        if not self.epoch_is_whole():
-            ends = self.is_asked() and on_any_worker(self.strategy, self.sigterm)
-            if ends or (self.save_every and self.step % self.save_every == 0):
+        if not progress.epoch_is_whole:
+            # Workers wait for each other when they ask.
+            alone = not is_multiworker(self.strategy)
+            asks = alone or progress.step % WORKERS_ASK_EVERY == 0
+            ends = asks and on_any_worker(self.strategy, self.sigterm)
+            if ends or (self.save_every and progress.step % self.save_every == 0):
                 self.save()
             if ends:
-                raise Preempted(f"ended by SIGTERM after step {self.step}")
+                raise Preempted(f"ended by SIGTERM after step {progress.step}")
 
     def save(self):
         self.average_statistics()
-        self.checkpoints.save(self.step)
+        self.checkpoints.save(self.progress.step)
 
     def on_test_begin(self, logs=None):
         self.seconds = time.perf_counter() - self.began
         self.average_statistics()
 
     def on_epoch_end(self, epoch, logs=None):
+        progress = self.progress
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(
-                f"The loss is {logs['loss']} after step {self.step}; "
+                f"The loss is {logs['loss']} after step {progress.step}; "
                 "lower learning_rate."
             )
+        trained = (progress.step - self.first_step) * self.batch_size
+        logs["images_per_second"] = trained / self.seconds
+        progress.rows.append(self.row(epoch, logs))
+        if self.checkpoints.is_chief:
+            outputs.write_table(self.run_dir / "metrics.csv", progress.rows)
+        self.save()
+        if self.checkpoints.is_chief and not sys.stdout.isatty():
+            print(describe(progress), flush=True)
+        if on_any_worker(self.strategy, self.sigterm):
+            raise Preempted(f"ended by SIGTERM after step {progress.step}")
+
+    def row(self, epoch, logs):
+        """Returns the row of `metrics.csv` of an epoch."""
         iterations = int(self.model.optimizer.iterations.numpy())
         rate = self.rate(iterations - 1) if callable(self.rate) else self.rate
-        trained = (self.step - self.first_step) * self.recipe.global_batch_size
-        logs["images_per_second"] = trained / self.seconds
-        row = {
+        return {
             "epoch": epoch + 1,
-            "step": self.step,
+            "step": self.progress.step,
             "learning_rate": float(f"{float(rate):.6g}"),  # 0.1, not its float32
             "train_loss": logs["cross_entropy"],
             "train_accuracy": logs["accuracy"],
@@ -314,21 +369,17 @@ class _RunFolder(keras.callbacks.Callback):
             "images_per_second": round(logs["images_per_second"], 1),
             "peak_memory_mib": round(peak_memory() / 2**20),
         }
-        self.rows.append(row)
-        if self.is_chief:
-            outputs.write_table(self.run_dir / "metrics.csv", self.rows)
-        self.save()
-        if self.is_chief and not sys.stdout.isatty():
-            print(
-                f"epoch {row['epoch']}  step {self.step}/{self.recipe.train_steps}  "
-                f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.4f}  "
-                f"test loss {row['test_loss']:.4f}  "
-                f"test accuracy {row['test_accuracy']:.4f}  {row['seconds']:.1f} s  "
-                f"{row['images_per_second']:.0f} images/s",
-                flush=True,
-            )
-        if on_any_worker(self.strategy, self.sigterm):
-            raise Preempted(f"ended by SIGTERM after step {self.step}")
+
+
+def describe(progress):
+    """Returns the line that reports the last epoch."""
+    row = progress.rows[-1]
+    return (
+        f"epoch {row['epoch']}  step {progress.step}/{progress.train_steps}  "
+        f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.4f}  "
+        f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.4f}  "
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+    )
 
 
 class Monitor(numerics.ReversibilityMonitor):
