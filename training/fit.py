@@ -24,6 +24,25 @@ from training.strategy import (
     trainable,
 )
 
+# The columns of the table, and the types of their values.
+METRICS = {
+    "epoch": int,
+    "step": int,
+    "learning_rate": float,
+    "train_loss": float,
+    "train_accuracy": float,
+    "test_loss": float,
+    "test_accuracy": float,
+    "seconds": float,
+    "images_per_second": float,
+    "peak_memory_mib": int,
+}
+REVERSIBILITY = {
+    "step": int,
+    "reconstruction_error": float,
+    "block": str,
+    "gradient_angle": float,
+}
 # Steps between two questions to the other workers whether the run shall end.
 WORKERS_ASK_EVERY = 10
 
@@ -250,12 +269,18 @@ def resume(checkpoints, metrics, recipe, images, run_dir):
         The `Progress` of the run, and the callback with which an epoch that has begun
         continues its metrics.
     """
-    step = checkpoints.restore()
-    if step and checkpoints.is_chief:
-        print(f"Going on from step {step} of {recipe.train_steps}", flush=True)
-    # Written before the checkpoint, metrics.csv may be a row ahead of it.
-    rows = outputs.read_table(run_dir / "metrics.csv")
-    rows = [row for row in rows if int(row["step"]) <= step]
+    step, record = checkpoints.restore()
+    rows = record.get("rows", [])
+    if checkpoints.is_chief:
+        if step:
+            print(f"Going on from step {step} of {recipe.train_steps}", flush=True)
+        table = run_dir / "metrics.csv"
+        found = outputs.read_own_table(table, METRICS)
+        if "rows" not in record:
+            # A checkpoint of an older version. The table may be ahead of it.
+            rows = [row for row in found if row["step"] <= step]
+        if rows:
+            outputs.write_table(table, rows)
     steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
     sums = [(v, v.numpy()) for metric in metrics for v in metric.variables]
     for metric in metrics:
@@ -329,7 +354,8 @@ class Saving(keras.callbacks.Callback):
 
     def save(self):
         self.average_statistics()
-        self.checkpoints.save(self.progress.step)
+        step, rows = self.progress.step, self.progress.rows
+        self.checkpoints.save(step, {"step": step, "rows": rows})
 
     def on_test_begin(self, logs=None):
         self.seconds = time.perf_counter() - self.began
@@ -383,7 +409,7 @@ def describe(progress):
 
 
 class Monitor(numerics.ReversibilityMonitor):
-    """Watches the reconstruction of 16 test images, for the run folder.
+    """Measures the reconstruction of 16 test images.
 
     Its measurements go to `reversibility.csv` and `reversibility.png`.
     """
@@ -394,13 +420,10 @@ class Monitor(numerics.ReversibilityMonitor):
         self.path = run_dir / "reversibility.csv"
 
     def on_train_begin(self, logs=None):
-        # Those of a run that goes on: what came after its checkpoint comes again.
+        # A run that goes on repeats the measurements after its checkpoint.
         step = int(self.model.optimizer.iterations.numpy())
-        self.rows = []
-        for row in outputs.read_table(self.path):
-            if int(row["step"]) < step:
-                numbers = {k: float(v) for k, v in row.items() if k != "block"}
-                self.rows.append(row | numbers | {"step": int(row["step"])})
+        rows = outputs.read_own_table(self.path, REVERSIBILITY)
+        self.rows = [row for row in rows if row["step"] < step]
         super().on_train_begin(logs)
 
     def on_epoch_end(self, epoch, logs=None):

@@ -9,9 +9,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 
 from training.recipes import Recipe
 
+# The name, in a checkpoint, of the file with the state beside the variables.
+RECORD = "record.json"
 _PACKAGES = ("tensorflow", "keras", "numpy")
 
 
@@ -87,5 +90,31 @@ def finished(run_dir):
     )
 
 
+def checkpoints(folder):
+    """Returns the checkpoints in a folder: their paths by step, in increasing order."""
+    found = {}
+    for path in folder.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def record(checkpoint):
+    """Returns the record of a checkpoint; one of an older version has none."""
+    path = checkpoint / RECORD
+    return read_json(path) if path.exists() else {}
+
+
 def read_json(path):
-    return json.loads(path.read_text())
+    """Returns the dictionary in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} is damaged: it holds no JSON object")
+    return content

@@ -141,7 +141,7 @@ def finish(run_dir, name, recipe, network, images, rows):
         "test_loss": loss,
         "num_parameters": fit.num_parameters(network),
         "steps": recipe.train_steps,
-        "train_seconds": round(sum(float(row["seconds"]) for row in rows), 3),
+        "train_seconds": round(sum(row["seconds"] for row in rows), 3),
         "skipped_images": len(images.corrupt),
         "class_names": images.class_names,
     }

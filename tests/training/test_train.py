@@ -85,10 +85,10 @@ def unfinished_run(tmp_path, monkeypatch):
     run_dir = tmp_path / "unfinished"
     save = Checkpoints.save
 
-    def interrupted_save(checkpoints, step):
+    def interrupted_save(checkpoints, step, record):
         if step == 14:
             raise Interrupted
-        return save(checkpoints, step)
+        return save(checkpoints, step, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", interrupted_save)
@@ -207,8 +207,13 @@ def test_saved_model_of_a_run_has_its_logits_features_and_card(finished_run):
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     unfinished_run, finished_run, unexported, capsys
 ):
+    # A spreadsheet has saved the table. The run does not depend on it.
+    table = unfinished_run / "metrics.csv"
+    table.write_text(table.read_text().replace(",", ";"), encoding="utf-8-sig")
     train.main(command(unfinished_run))
-    assert "Going on from step 7 of 17" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Going on from step 7 of 17" in out
+    assert err.count("metrics-damaged-1.csv\n") == 1
     # The order of sums in convolutions on several threads is not fixed.
     for resumed, straight in zip(
         weights_of(unfinished_run), weights_of(finished_run), strict=True
