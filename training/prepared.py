@@ -1,11 +1,15 @@
-"""Data sets that TFDS has prepared: where they lie, and their records, one by one."""
+"""Data sets that TFDS has prepared: their folders, and their single records."""
 
 import os
+import stat
 import sys
 import threading
 from pathlib import Path
 
 import tensorflow as tf
+from google.protobuf import json_format
+
+from training import paths
 
 FILES_AT_ONCE = 16
 
@@ -33,9 +37,18 @@ def builder(name, data_dir=None, download=True):
             f"{name} lies, or is to be downloaded to."
         )
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    if data_dir:
+        paths.check_encoding(data_dir)
     cls = tfds.builder_cls(name)
     for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS):
-        found = cls(data_dir=data_dir, version=version)
+        try:
+            found = cls(data_dir=data_dir, version=version)
+        except (ValueError, AssertionError, json_format.ParseError) as error:
+            raise OSError(
+                f"the dataset_info.json of {name}/{version} in data_dir="
+                f"{data_dir or tfds.core.constants.DATA_DIR} is damaged ({error}); "
+                "copy or prepare the data set again."
+            ) from error
         if (Path(found.data_dir) / "dataset_info.json").is_file():
             return found
     wanted = cls(data_dir=data_dir)
@@ -46,14 +59,17 @@ def builder(name, data_dir=None, download=True):
 class Records:
     """The records of one split, in the files in which TFDS has written them.
 
-    A record that cannot be read or decoded, be it that a file is damaged or an image,
+    A corrupt record is one of a damaged file, or one whose image cannot be decoded. It
     ends the reading with an error that names it, or is left out and counted.
 
     Args:
-        builder: of a prepared data set.
-        split: name of the split.
-        skip_corrupt: whether to leave out what is corrupt.
-        decoders: as TFDS takes them, for features that are not to be decoded.
+        builder: TFDS builder of a prepared data set.
+        split: string, the name of the split.
+        skip_corrupt: bool, whether to leave out corrupt records.
+        decoders: decoders of TFDS, for features that are not to be decoded.
+
+    Raises:
+        OSError: the data set has no such split, or a file of it cannot be read.
     """
 
     def __init__(self, builder, split, skip_corrupt=False, decoders=None):
@@ -70,6 +86,7 @@ class Records:
             )
         self.paths = [str(path) for path in info.filepaths]
         self.lengths = info.shard_lengths
+        _check_files(builder.data_dir, self.paths, self.lengths)
         self.skip_corrupt = skip_corrupt
         self._corrupt = {}
         self._features = builder.info.features
@@ -92,11 +109,15 @@ class Records:
 
         def read(file, path_and_length):
             path, length = path_and_length
-            # What a damaged file no longer gives is missing, not left out: every
-            # record keeps its number, and the split its size.
-            missing = tf.data.Dataset.from_tensors(b"").repeat()
-            found = tf.data.TFRecordDataset(path).ignore_errors()
-            records = found.concatenate(missing).take(length).enumerate()
+            # A blank stands for each record that a damaged file does not yield. Every
+            # record has its number, and the split its size.
+            blank = tf.data.Dataset.from_tensors(b"").repeat()
+            # `ignore_errors` alone would try for ever to open a file that is missing.
+            # The range ends the attempts.
+            attempts = tf.data.Dataset.range(length)
+            found = tf.data.Dataset.zip(attempts, tf.data.TFRecordDataset(path))
+            found = found.ignore_errors().map(lambda _, encoded: encoded)
+            records = found.concatenate(blank).take(length).enumerate()
             return records.map(lambda record, encoded: (file, record, encoded))
 
         def shuffled(seed):
@@ -193,6 +214,35 @@ class Records:
             return "the file ends before it"
         except (tf.errors.OpError, ValueError) as error:
             return getattr(error, "message", str(error)).splitlines()[0]
+
+
+def _check_files(folder, paths, lengths):
+    """Raises `OSError` unless all files of a split can be read.
+
+    Args:
+        folder: path of the data set.
+        paths: list of strings, the paths of the files.
+        lengths: list of integers, the number of records of each file.
+    """
+    problems = []
+    for path, length in zip(paths, lengths, strict=True):
+        try:
+            # Before the file is opened: to open a pipe would wait for a writer.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                problem = "is no regular file"
+            else:
+                with open(path, "rb") as file:
+                    problem = "is empty" if length and not file.read(1) else None
+        except OSError as error:
+            problem = error.strerror
+        if problem:
+            problems.append(f"{os.path.basename(path)} ({problem})")
+    if problems:
+        more = ", ..." if len(problems) > 5 else ""
+        raise OSError(
+            f"{len(problems)} of {len(paths)} files in {folder} cannot be read: "
+            f"{', '.join(problems[:5])}{more}; copy or prepare the data set again."
+        )
 
 
 def _download(builder, download):
