@@ -1,44 +1,37 @@
-"""Which `tf.distribute` strategy a run is trained under, and what Keras needs for it.
+"""The `tf.distribute` strategy of a run, and additions that Keras needs for it.
 
-Several workers are several processes, of one machine or more, each of which runs the
-same program and finds in its environment variable `TF_CONFIG` who they are. The first,
-or the one whose type is `chief`, writes the run folder.
+Several workers are several processes, on one machine or more. Each runs the same
+program and reads the environment variable `TF_CONFIG`. The first worker, or the one of
+type `chief`, writes the run folder.
 """
 
 import functools
-import json
-import os
 
 import keras
 import tensorflow as tf
+
+from training.cluster import Cluster, cluster_of
 
 STRATEGIES = ("auto", "single", "mirrored", "multiworker")
 
 
 def get_strategy(name):
-    """Returns the strategy of that name.
-
-    To be called before TensorFlow does anything else, which several workers need.
+    """Returns a strategy. With several workers, call it before any other of TensorFlow.
 
     Args:
-        name: `"single"` (one device), `"mirrored"` (every GPU of this machine, or
-            every logical CPU where there is none), `"multiworker"` (the workers of
-            `TF_CONFIG`, each with every GPU of its own), or `"auto"` (multiworker where
-            `TF_CONFIG` names several, else mirrored where there are several GPUs, else
-            single).
+        name: string, one of
+            - `"single"`: one device.
+            - `"mirrored"`: all GPUs of this machine, or all logical CPUs without a GPU.
+            - `"multiworker"`: the workers of `TF_CONFIG`, each with all its GPUs.
+            - `"auto"`: multiworker if `TF_CONFIG` names several workers. Otherwise
+              mirrored if this machine has several GPUs. Otherwise single.
 
     Raises:
         ValueError: there is no such strategy, or `TF_CONFIG` does not fit it.
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy={name!r}: use one of {', '.join(STRATEGIES)}.")
-    workers = num_workers() if name in ("auto", "multiworker") else 0
-    if name == "multiworker" and not workers:
-        raise ValueError(
-            "strategy='multiworker' needs the environment variable TF_CONFIG, with the "
-            "addresses of all workers and the place of this one among them."
-        )
-    if name == "multiworker" or workers > 1:
+    if cluster_of(name).workers:
         return tf.distribute.MultiWorkerMirroredStrategy()
     gpus = tf.config.list_logical_devices("GPU")
     if name == "single" or (name == "auto" and len(gpus) < 2):
@@ -47,44 +40,18 @@ def get_strategy(name):
     return tf.distribute.MirroredStrategy(devices)
 
 
-def num_workers():
-    """Returns how many workers `TF_CONFIG` names; 0 if it is not set.
-
-    Raises:
-        ValueError: it cannot be understood.
-    """
-    text = os.environ.get("TF_CONFIG")
-    if not text:
-        return 0
-    try:
-        config = json.loads(text)
-        cluster, task = config["cluster"], config["task"]
-        addresses, index = cluster[task["type"]], int(task["index"])
-        addresses[index]
-        workers = [a for kind in ("chief", "worker") for a in cluster.get(kind, ())]
-        known = task["type"] in ("chief", "worker") and index >= 0
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise ValueError(
-            f"TF_CONFIG={text!r} does not say which worker this is; give it the form "
-            '{"cluster": {"worker": ["HOST:PORT", ...]}, '
-            '"task": {"type": "worker", "index": 0}}.'
-        )
-    return len(workers)
-
-
 def is_multiworker(strategy):
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def cluster_in(strategy):
+    """Returns the `Cluster` whose workers a strategy trains on."""
+    return cluster_of("multiworker") if is_multiworker(strategy) else Cluster()
+
+
 def is_chief(strategy):
-    """Returns whether this process is the one that writes the run folder."""
-    if not is_multiworker(strategy):
-        return True
-    resolver = strategy.cluster_resolver
-    first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
-    return resolver.task_type == first and resolver.task_id == 0
+    """Returns whether this process writes the run folder."""
+    return cluster_in(strategy).is_chief
 
 
 def on_any_worker(strategy, flag):
