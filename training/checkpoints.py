@@ -59,8 +59,7 @@ class Checkpoints:
             OSError: no checkpoint can be read, or one has other variables.
         """
         if self.is_chief:
-            for part in self.folder.glob("part-*"):
-                shutil.rmtree(part)
+            outputs.remove_parts(self.folder)
         found = runs.checkpoints(self.folder)
         for step, path in reversed(found.items()):
             try:

@@ -1,9 +1,8 @@
 """Scores a finished run: `python -m training.evaluate RUN_DIR [--data-dir DIR]`."""
 
-import sys
 from pathlib import Path
 
-from training import runs
+from training import runs, signals
 from training.command import Parser, io_errors
 
 
@@ -14,9 +13,9 @@ def score(run_dir, images):
     """
     import keras
 
-    import revnet_tf  # noqa: F401  It registers the model's layers.
+    from training import export
 
-    model = keras.models.load_model(run_dir / "model.keras")
+    model = export.load(run_dir)
     model.compile(
         loss=keras.losses.SparseCategoricalCrossentropy(),
         weighted_metrics=[
@@ -54,4 +53,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.run("python -m training.evaluate", main)

@@ -5,10 +5,10 @@ A version of the SavedModel is a numbered folder, as TensorFlow Serving expects;
 and LiteRT for small devices, in float32 or int8 arithmetic.
 """
 
-import sys
+import contextlib
 from pathlib import Path
 
-from training import runs
+from training import paths, runs, signals
 from training.command import Parser, io_errors, one_of
 
 # With the name of the file in the run folder.
@@ -82,11 +82,21 @@ def representative_images(run_dir, data_dir):
 
 
 def load(run_dir):
+    """Returns the model of a run.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     import keras
 
-    import revnet_tf  # noqa: F401  It registers the model's layers.
+    import revnet_tf  # noqa: F401  It registers the layers of the model.
 
-    return keras.models.load_model(run_dir / "model.keras")
+    path = run_dir / "model.keras"
+    try:
+        return keras.models.load_model(path)
+    # Keras raises any of these for a file that another version or program wrote.
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise OSError(f"{path} cannot be loaded: {error}") from error
 
 
 def main(argv=None):
@@ -104,30 +114,42 @@ def main(argv=None):
         "--data-dir", type=Path, help="as in training.train, for litert_int8"
     )
     args = parser.parse_args(argv)
-    try:
-        result = runs.finished(args.run_dir)
-        if args.output:
-            output = args.output
-        elif args.format in FILES:
-            output = args.run_dir / FILES[args.format]
-        else:
-            output = next_version(args.run_dir / "export")
-        if output.exists():
-            raise FileExistsError(f"output={output} exists; give another --output.")
-        images = None
-        if args.format == "litert_int8":
-            images = representative_images(args.run_dir, args.data_dir)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if args.format == "saved_model":
-            export(args.run_dir, output, result)
-        else:
-            export_file(args.run_dir, output, args.format, images)
-    except (ImportError, RuntimeError, ValueError, *io_errors()) as error:
-        parser.fail(1, error)
+    with contextlib.ExitStack() as stack:
+        try:
+            result = runs.finished(args.run_dir)
+            if not args.output:
+                # Two exports at a time would take the same version.
+                stack.enter_context(runs.locked(args.run_dir))
+            output = args.output or default_output(args.run_dir, args.format)
+            paths.check_encoding(output)
+            if args.format == "saved_model":
+                paths.check_literal(output)
+            if output.exists():
+                raise FileExistsError(f"output={output} exists; give another --output.")
+            images = None
+            if args.format == "litert_int8":
+                images = representative_images(args.run_dir, args.data_dir)
+        except (ValueError, OSError) as error:
+            parser.error(error)
+        try:
+            with signals.raised_interrupt():
+                output.parent.mkdir(parents=True, exist_ok=True)
+                if args.format == "saved_model":
+                    export(args.run_dir, output, result)
+                else:
+                    export_file(args.run_dir, output, args.format, images)
+        except (ImportError, RuntimeError, ValueError, *io_errors()) as error:
+            parser.fail(1, error)
+        except KeyboardInterrupt:
+            parser.fail(signals.STATUS, f"interrupted; {output} is not written")
     print(output)
+
+
+def default_output(run_dir, file_format):
+    """Returns the path in a run folder to which the program exports."""
+    if file_format in FILES:
+        return run_dir / FILES[file_format]
+    return next_version(run_dir / "export")
 
 
 def next_version(folder):
@@ -137,4 +159,4 @@ def next_version(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.run("python -m training.export", main)

@@ -14,10 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from revnet_tf import memory, models, numerics
-from training import outputs
+from training import outputs, runs
 from training.checkpoints import Checkpoints
+from training.cluster import watched
 from training.strategy import (
     averaging,
+    cluster_in,
     is_chief,
     is_multiworker,
     on_any_worker,
@@ -208,11 +210,15 @@ def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=(
                 recipe.global_batch_size, context=context
             )
         )
-        with saving.on_sigterm():
+        with saving.on_sigterm(), watched(cluster_in(strategy)) as note:
+            watching = keras.callbacks.LambdaCallback(
+                on_train_batch_end=note, on_test_batch_end=note
+            )
             while progress.step < recipe.train_steps:
                 # First the rest of an epoch that has begun, then whole epochs.
                 epoch, begun = divmod(progress.step, progress.steps_per_epoch)
                 whole = math.ceil(recipe.train_steps / progress.steps_per_epoch)
+                resumed = [continue_epoch] if begun else []
                 model.fit(
                     strategy.distribute_datasets_from_function(
                         lambda context: images.training_batches(
@@ -225,11 +231,7 @@ def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=(
                     epochs=epoch + 1 if begun else whole,
                     steps_per_epoch=progress.steps_per_epoch - begun,
                     shuffle=False,  # The batches are shuffled.
-                    callbacks=[
-                        *([continue_epoch] if begun else []),
-                        saving,
-                        *callbacks,
-                    ],
+                    callbacks=[*resumed, saving, watching, *callbacks],
                     verbose=1 if sys.stdout.isatty() and is_chief(strategy) else 0,
                 )
     return progress.rows
@@ -244,12 +246,14 @@ class Progress:
         steps_per_epoch: int, the number of steps of an epoch. The last may have fewer.
         step: int, the number of steps that are done.
         rows: list of dictionaries, the rows of `metrics.csv`.
+        run: string, the identifier of the run, or `None`.
     """
 
     train_steps: int
     steps_per_epoch: int
     step: int
     rows: list
+    run: str | None
 
     @property
     def epoch_is_whole(self):
@@ -270,8 +274,10 @@ def resume(checkpoints, metrics, recipe, images, run_dir):
         continues its metrics.
     """
     step, record = checkpoints.restore()
-    rows = record.get("rows", [])
+    rows, run = record.get("rows", []), None
     if checkpoints.is_chief:
+        run = runs.identifier(run_dir)
+        outputs.remove_parts(run_dir)
         if step:
             print(f"Going on from step {step} of {recipe.train_steps}", flush=True)
         table = run_dir / "metrics.csv"
@@ -292,7 +298,7 @@ def resume(checkpoints, metrics, recipe, images, run_dir):
             variable.assign(value)
 
     return (
-        Progress(recipe.train_steps, steps_per_epoch, step, rows),
+        Progress(recipe.train_steps, steps_per_epoch, step, rows, run),
         keras.callbacks.LambdaCallback(on_epoch_begin=continue_sums),
     )
 
@@ -354,8 +360,9 @@ class Saving(keras.callbacks.Callback):
 
     def save(self):
         self.average_statistics()
-        step, rows = self.progress.step, self.progress.rows
-        self.checkpoints.save(step, {"step": step, "rows": rows})
+        progress = self.progress
+        record = {"run": progress.run, "step": progress.step, "rows": progress.rows}
+        self.checkpoints.save(progress.step, record)
 
     def on_test_begin(self, logs=None):
         self.seconds = time.perf_counter() - self.began

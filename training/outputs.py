@@ -4,10 +4,17 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import sys
 
 # It loads TensorFlow: the checks of `runs`, which come before, are in their own module.
 from revnet_tf._files import replacing
+
+
+def remove_parts(folder):
+    """Removes the files and folders that a killed process was writing."""
+    for part in folder.glob("part-*"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def write_json(path, content):

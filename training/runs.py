@@ -4,13 +4,19 @@ No TensorFlow here: a start that is refused ends before TensorFlow is loaded. Th
 program writes `result.json` last. A folder that holds it holds a finished run.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import sys
+import zipfile
+import zlib
 
+from training import paths
 from training.recipes import Recipe
 
 # The name, in a checkpoint, of the file with the state beside the variables.
@@ -40,7 +46,8 @@ def recipe_of(run_dir):
 
 
 def check_free(run_dir, description):
-    """Raises `FileExistsError` unless this run may begin or go on in `run_dir`."""
+    """Raises an error unless this run may begin or go on in `run_dir`."""
+    paths.check_literal(run_dir)
     existing = next(
         p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists()
     )
@@ -50,7 +57,7 @@ def check_free(run_dir, description):
         raise PermissionError(
             f"{existing} cannot be written to; give another --run-dir."
         )
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not run_dir.exists() or all(map(_is_of_a_start, run_dir.iterdir())):
         return
     if not (run_dir / "recipe.json").is_file():
         raise FileExistsError(
@@ -71,23 +78,97 @@ def check_free(run_dir, description):
             )
 
 
+def _is_of_a_start(path):
+    """Whether a start that was killed can leave a path, before it writes a recipe."""
+    return path.name == "lock" or path.name.startswith("part-")
+
+
+@contextlib.contextmanager
+def locked(run_dir):
+    """Holds a run folder for this process. The system ends the lock with the process.
+
+    Raises:
+        FileExistsError: another process holds the folder.
+    """
+    # To write, since NFS has no such lock of a file that is only read.
+    with (run_dir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{run_dir} is in use by another process; wait for its end, or give "
+                "another folder."
+            ) from None
+        except OSError as error:
+            print(
+                f"{run_dir} cannot be locked ({error.strerror}); start no second "
+                "process on it",
+                file=sys.stderr,
+            )
+        yield
+
+
+def check_checkpoints(run_dir, train_steps):
+    """Raises `FileExistsError` if a checkpoint in `run_dir` is not one of its run.
+
+    A run of an older version has no identifier, and its checkpoints have no record.
+    Such a checkpoint is accepted in such a run only.
+
+    Args:
+        run_dir: path of a run folder.
+        train_steps: int, the number of steps of the whole run.
+    """
+    run = identifier(run_dir)
+    for step, path in checkpoints(run_dir / "checkpoints").items():
+        try:
+            found = {"run": None, "step": step} | record(path)
+        except OSError:
+            continue  # It is damaged, and passed over.
+        if found["run"] != run or found["step"] != step or step > train_steps:
+            raise FileExistsError(
+                f"{path} is not a checkpoint of the run in {run_dir}; remove it, or "
+                "give another --run-dir."
+            )
+
+
+def identifier(run_dir):
+    """Returns the string that names a run, or `None` for one of an older version."""
+    return read_json(run_dir / "recipe.json").get("run")
+
+
 def finished(run_dir):
     """Returns `result.json` of the finished run in `run_dir`.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: the run is not finished, or a file of it is missing or damaged.
     """
+    paths.check_encoding(run_dir)
     if (run_dir / "result.json").is_file():
-        return read_json(run_dir / "result.json")
+        result = read_json(run_dir / "result.json")
+        if missing := {"test_accuracy", "test_loss", "class_names"} - set(result):
+            raise OSError(f"{run_dir / 'result.json'} has no {', '.join(missing)}.")
+        check_archive(run_dir / "model.keras")
+        return result
     if (run_dir / "recipe.json").is_file():
         raise FileNotFoundError(
-            f"{run_dir} holds an unfinished run; repeat the python -m training.train "
-            "command that began it, and it goes on from its last checkpoint."
+            f"{run_dir} holds an unfinished run; if it is not running, repeat its "
+            "python -m training.train command, and it goes on from its last checkpoint."
         )
     raise FileNotFoundError(
         f"{run_dir} is no run folder; give the --run-dir of a python -m training.train "
         "that has finished."
     )
+
+
+def check_archive(path):
+    """Raises `OSError` unless a model file is there and whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        damaged = getattr(error, "strerror", None) or error
+    if damaged:
+        raise OSError(f"{path} is missing or damaged ({damaged}); bring back a copy.")
 
 
 def checkpoints(folder):
