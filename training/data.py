@@ -37,6 +37,11 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
     return images
 
 
+def failure(images):
+    """Returns the corrupt record that ended the reading of `images`, or `None`."""
+    return next((r.failure for r in images.records if r.failure), None)
+
+
 def _digits(test_in_mean):
     """Scikit-learn's 1,797 handwritten digits, 8x8; a fifth of them is held out."""
     from sklearn.datasets import load_digits
@@ -66,7 +71,7 @@ def _in_memory(builder, skip_corrupt, test_in_mean):
         try:
             batches = list(examples.batch(1024).as_numpy_iterator())
         except tf.errors.OpError as error:
-            raise OSError(next(iter(records.corrupt), error)) from error
+            raise OSError(records.failure or error) from error
         arrays += map(np.concatenate, zip(*batches, strict=True))
     class_names = builder.info.features["label"].names
     return ImagesInMemory(*arrays, class_names, test_in_mean, tuple(splits))

@@ -47,7 +47,7 @@ def main(argv=None):
     try:
         accuracy, loss = score(args.run_dir, images)
     except io_errors() as error:
-        parser.fail(1, images.corrupt[0] if images.corrupt else error)
+        parser.fail(1, data.failure(images) or error)
     print(f"test accuracy  {accuracy:.4f}  (recorded {result['test_accuracy']:.4f})")
     print(f"test loss      {loss:.4f}  (recorded {result['test_loss']:.4f})")
 

@@ -186,7 +186,7 @@ class Records:
 
     @property
     def corrupt(self):
-        """Of the corrupt records found so far: file, number in it, and why."""
+        """The corrupt records found so far: file, number and reason of each."""
         for key, text in list(self._corrupt.items()):
             if text is None:
                 file, record = key
@@ -194,14 +194,23 @@ class Records:
                 self._corrupt[key] = text
         return list(self._corrupt.values())
 
+    @property
+    def failure(self):
+        """The corrupt record that ended the reading, or `None`."""
+        if self.skip_corrupt and len(self._corrupt) < len(self):
+            return None
+        hint = "" if self.skip_corrupt else "; --skip-corrupt leaves such images out"
+        return next((text + hint for text in self.corrupt), None)
+
     def _report(self, file, record):
-        # Within TensorFlow's threads: an operation that waits for another would block
-        # them, so the reason is found later.
+        # In a thread of TensorFlow, where an operation that waits for another would
+        # block. `corrupt` reads the reason later.
         key = int(file), int(record)
         if self.skip_corrupt and key not in self._corrupt:
             print(f"Skipping {self.paths[file]}, record {record}", file=sys.stderr)
         self._corrupt.setdefault(key)
-        if not self.skip_corrupt:
+        if not self.skip_corrupt or len(self._corrupt) == len(self):
+            # The reading of a split without any record would not end.
             raise OSError("a corrupt record")
         return False
 
@@ -224,25 +233,31 @@ def _check_files(folder, paths, lengths):
         paths: list of strings, the paths of the files.
         lengths: list of integers, the number of records of each file.
     """
-    problems = []
-    for path, length in zip(paths, lengths, strict=True):
-        try:
-            # Before the file is opened: to open a pipe would wait for a writer.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                problem = "is no regular file"
-            else:
-                with open(path, "rb") as file:
-                    problem = "is empty" if length and not file.read(1) else None
-        except OSError as error:
-            problem = error.strerror
-        if problem:
-            problems.append(f"{os.path.basename(path)} ({problem})")
+    found = zip(paths, map(_problem, paths, lengths), strict=True)
+    problems = [f"{os.path.basename(path)} ({why})" for path, why in found if why]
     if problems:
         more = ", ..." if len(problems) > 5 else ""
         raise OSError(
             f"{len(problems)} of {len(paths)} files in {folder} cannot be read: "
             f"{', '.join(problems[:5])}{more}; copy or prepare the data set again."
         )
+
+
+def _problem(path, length):
+    """Returns why a file of `length` records cannot be read, or `None`."""
+    try:
+        status = os.stat(path)
+        # To open a pipe would wait for a writer.
+        if not stat.S_ISREG(status.st_mode):
+            return "is no regular file"
+        with open(path, "rb") as file:
+            # The length of a record in 8 bytes, its checksum, the record, its checksum.
+            first = int.from_bytes(file.read(8), "little")
+        if length and 8 + 4 + first + 4 > status.st_size:
+            return "holds no whole record"
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _download(builder, download):

@@ -126,9 +126,7 @@ def train(parser, name, recipe, args, stack):
     except fit.Preempted as error:
         parser.fail(128 + signal.SIGTERM, f"{error}; {go_on}")
     except io_errors() as error:
-        cause = lost_worker(error) or error
-        if images.corrupt and not args.skip_corrupt:
-            cause = f"{images.corrupt[0]}; --skip-corrupt leaves such images out"
+        cause = lost_worker(error) or data.failure(images) or error
         parser.fail(1, f"{cause}; when that is mended, {go_on}")
     except KeyboardInterrupt:
         parser.fail(signals.STATUS, f"interrupted; {go_on}")

@@ -103,17 +103,27 @@ def make_link(path):
     path.symlink_to(path.name)
 
 
+def cut_the_first_record(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def put_a_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+
+
 @pytest.mark.parametrize("skip_corrupt", [False, True])
 @pytest.mark.parametrize(
     "damage, problem",
     [
         (Path.unlink, "No such file or directory"),
-        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b""), "holds no whole record"),
+        (cut_the_first_record, "holds no whole record"),
+        (put_a_pointer, "holds no whole record"),
         (make_pipe, "is no regular file"),
         (make_folder, "is no regular file"),
         (make_link, "Too many levels of symbolic links"),
     ],
-    ids=["missing", "empty", "pipe", "folder", "link"],
+    ids=["missing", "empty", "cut", "git-lfs", "pipe", "folder", "link"],
 )
 def test_file_that_cannot_be_read_is_named_before_the_reading(
     copy, damage, problem, skip_corrupt
@@ -130,7 +140,7 @@ def test_file_that_cannot_be_read_is_named_before_the_reading(
 
 def test_five_of_many_missing_files_are_named(tmp_path):
     paths = [str(tmp_path / f"shard-{i}") for i in range(8)]
-    Path(paths[0]).write_bytes(b"a record")
+    Path(paths[0]).write_bytes(bytes(16))  # an empty record
     Path(paths[1]).write_bytes(b"")
     with pytest.raises(OSError) as error:
         prepared_data._check_files(tmp_path, paths, [1, 0, *6 * [1]])
@@ -153,11 +163,17 @@ def test_file_that_vanishes_after_the_check_ends_the_reading(
         encoded = records.encoded(shuffle_buffer, tf.constant(1, tf.int64))
         return list(records.decoded(encoded, lambda example: (example["id"],)))
 
-    assert read(skipping) == []
+    for records in (skipping, strict):
+        with pytest.raises(tf.errors.OpError):
+            read(records)
+        assert str(copy / NAME) in records.failure
     assert len(skipping.corrupt) == 20
-    with pytest.raises(tf.errors.OpError):
-        read(strict)
-    assert str(copy / NAME) in strict.corrupt[0]
+
+
+def test_data_set_without_any_good_record_ends_the_reading(copy, put_junk):
+    put_junk(copy / NAME, range(20))
+    with pytest.raises(OSError, match=f"{NAME}, record 0: .*Unknown image file"):
+        data.load(CIFAR10, copy, skip_corrupt=True)
 
 
 @pytest.mark.parametrize(
