@@ -9,7 +9,7 @@ from training.command import Parser, io_errors
 def score(run_dir, images):
     """Returns accuracy and loss of the run's `model.keras` on the test images.
 
-    The loss is the cross-entropy, without the regularization that training adds.
+    The loss is the cross-entropy without the regularization of the training.
     """
     import keras
 

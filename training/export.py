@@ -11,14 +11,14 @@ from pathlib import Path
 from training import paths, runs, signals
 from training.command import Parser, io_errors, one_of
 
-# With the name of the file in the run folder.
+# The formats that are files, with the name of the file in the run folder.
 FILES = {
     "litert": "model.tflite",
     "litert_int8": "model_int8.tflite",
     "onnx": "model.onnx",
 }
 FORMATS = ("saved_model", *FILES)
-# The ranges of int8 numbers change little after the first hundred.
+# The ranges of int8 values change little after the first hundred images.
 NUM_REPRESENTATIVE_IMAGES = 300
 
 
@@ -26,9 +26,9 @@ def export(run_dir, output, result):
     """Writes the run's `model.keras` as a SavedModel folder at `output`.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: path of the run folder.
         output: path of the new folder.
-        result: dictionary, as in `result.json`.
+        result: dictionary, the content of `result.json`.
     """
     import keras
 
@@ -37,7 +37,7 @@ def export(run_dir, output, result):
 
     model = load(run_dir)
     recipe = runs.read_json(run_dir / "recipe.json")
-    # As `fit.serving_model` makes it.
+    # The layers of `fit.serving_model`.
     _, normalization, network, probabilities = model.layers
     pooled = keras.Model(network.input, network.get_layer("avg_pool").output)
     export_saved_model(
@@ -58,7 +58,7 @@ def export(run_dir, output, result):
 
 
 def export_file(run_dir, output, file_format, images=None):
-    """Writes the run's `model.keras` as a file, with `images` in int8 arithmetic."""
+    """Writes the run's `model.keras` as a file, with `images` for int8 arithmetic."""
     from revnet_tf.export import export_litert, export_onnx
 
     if file_format == "onnx":
@@ -68,7 +68,7 @@ def export_file(run_dir, output, file_format, images=None):
 
 
 def representative_images(run_dir, data_dir):
-    """Returns training images of a run, augmented, `uint8`."""
+    """Returns augmented training images of a run, `uint8`."""
     import numpy as np
 
     from training import data

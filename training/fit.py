@@ -1,4 +1,4 @@
-"""A recipe, fitted: the network, its optimizer, the loop with its checkpoints."""
+"""The training of a recipe: network, optimizer, and the loop with its checkpoints."""
 
 import contextlib
 import dataclasses
@@ -45,12 +45,12 @@ REVERSIBILITY = {
     "block": str,
     "gradient_angle": float,
 }
-# Steps between two questions to the other workers whether the run shall end.
+# Number of steps between two questions to the other workers: did one get SIGTERM?
 WORKERS_ASK_EVERY = 10
 
 
 class Preempted(Exception):
-    """The run was asked to end by SIGTERM, and its state is saved."""
+    """SIGTERM ended the run, whose state is saved."""
 
 
 def learning_rate(recipe):
@@ -66,14 +66,14 @@ def learning_rate(recipe):
     if not recipe.decay_steps:
         return recipe.learning_rate
     return schedules.PiecewiseConstantDecay(
-        # A boundary is the last step of the rate before it.
+        # The step of a boundary is the last one with the rate before it.
         [step - 1 for step in recipe.decay_steps],
         [recipe.learning_rate / 10**i for i in range(len(recipe.decay_steps) + 1)],
     )
 
 
 def build(recipe, images):
-    """Returns the network: normalized images to logits."""
+    """Returns the network, from normalized images to logits."""
     options = {}
     if recipe.reversible:
         options = {
@@ -92,8 +92,8 @@ def build(recipe, images):
             input_shape=images.image_shape,
             classes=len(images.class_names),
             classifier_activation=None,
-            # The gradient of c * w**2 is 2 * c * w. Keras's own `weight_decay` is
-            # decoupled from the gradient, and would be another method.
+            # The gradient of c * w**2 is 2 * c * w. The `weight_decay` of a Keras
+            # optimizer is decoupled from the gradient, which is another method.
             kernel_regularizer=keras.regularizers.L2(recipe.weight_decay / 2),
             **options,
         )
@@ -108,12 +108,12 @@ def compile_network(network, recipe):
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     metrics = [
         keras.metrics.SparseCategoricalAccuracy("accuracy"),
-        # What Keras reports as `loss` has the regularization in it.
+        # The `loss` that Keras reports includes the regularization.
         keras.metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True),
     ]
     jit = recipe.jit
     if jit is None:
-        # What Keras does with a model that was made in the scope of a strategy.
+        # As Keras does for a model that was made in the scope of a strategy.
         alone = tf.distribute.get_strategy().num_replicas_in_sync == 1
         jit = "auto" if alone else False
     network.compile(
@@ -122,31 +122,42 @@ def compile_network(network, recipe):
         weighted_metrics=metrics,
         jit_compile=jit,
     )
-    # Before any checkpoint is read: there has to be something to read it into.
+    # A checkpoint can be read only into variables that exist.
     optimizer.build(network.trainable_variables)
     return metrics
 
 
 def plan_memory(network, recipe, images, strategy, budget_bytes=None):
-    """Returns what a training step keeps on each replica, by estimate.
+    """Estimates the memory of a training step on each replica.
 
-    With a budget, what `network` recomputes is chosen by it. (A twin that is no part of
-    the strategy is estimated.)
+    With a budget, the function also chooses the blocks of `network` that recompute
+    their activations.
+
+    Args:
+        network: `keras.Model`, made in the scope of `strategy`.
+        recipe, images, strategy: as for `fit`.
+        budget_bytes: int, the memory that a step may need, or `None`.
+
+    Returns:
+        A `revnet_tf.memory.Memory`.
 
     Raises:
         ValueError: the budget is too small, or the network is not reversible.
     """
+    # `memory` traces a step of one device, so it gets a network outside the strategy.
     twin = build(recipe, images)
     compile_network(twin, recipe)
     batch_size = recipe.global_batch_size // strategy.num_replicas_in_sync
     if budget_bytes is not None:
         memory.plan(twin, batch_size, budget_bytes)
-        for layer, planned in zip(_blocks(network), _blocks(twin), strict=True):
+        layers = zip(_recomputable(network), _recomputable(twin), strict=True)
+        for layer, planned in layers:
             layer.recompute = planned.recompute
     return memory.estimate(twin, batch_size)
 
 
-def _blocks(network):
+def _recomputable(network):
+    """Returns the layers that can recompute their activations, and their blocks."""
     return [
         block
         for layer in network.layers
@@ -156,12 +167,12 @@ def _blocks(network):
 
 
 def num_parameters(network):
-    """Returns the number of trainable ones, as papers count."""
+    """Returns the number of trainable parameters, as papers count."""
     return sum(math.prod(weight.shape) for weight in network.trainable_weights)
 
 
 def serving_model(network, images):
-    """Returns the model that takes `uint8` images and gives probabilities."""
+    """Returns the model from `uint8` images to probabilities."""
     inputs = keras.Input(images.image_shape, dtype="uint8", name="image")
     normalized = keras.layers.Normalization(
         axis=(1, 2, 3),
@@ -439,10 +450,10 @@ class Monitor(numerics.ReversibilityMonitor):
 
 
 def peak_memory():
-    """Returns the peak in bytes so far: of the first GPU, else of this process."""
+    """Returns the peak memory so far in bytes, of the first GPU or of this process."""
     if tf.config.list_logical_devices("GPU"):
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    # Linux's. `ru_maxrss` may be that of the process which started this one.
+    # A file of Linux. `ru_maxrss` can be that of the process that started this one.
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     return 1024 * int(found[1]) if found else math.nan

@@ -22,5 +22,5 @@ def check_literal(path):
     if found := sorted(set(str(path)) & set("*?[\\")):
         raise ValueError(
             f"{path} has {' '.join(found)}, with which TensorFlow cannot read "
-            "checkpoints and SavedModels; give another path."
+            "checkpoints and SavedModels; rename the folder, or give a relative path."
         )

@@ -15,26 +15,28 @@ FILES_AT_ONCE = 16
 
 
 def builder(name, data_dir=None, download=True):
-    """Returns the TFDS builder of a data set that is prepared, downloaded if need be.
+    """Returns the TFDS builder of a prepared data set.
 
     Args:
-        name: of the data set.
-        data_dir: folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then to that of
-            TFDS.
-        download: whether to download what is not there.
+        name: string, the name of the data set.
+        data_dir: path of a folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then
+            to the default folder of TFDS.
+        download: bool, whether to download and prepare a missing data set.
 
     Raises:
-        FileNotFoundError: `data_dir` holds the data set in another place or version,
-            or it has to be prepared by hand, or is not there and not to be downloaded.
-        ConnectionError: the data set is not there and cannot be downloaded.
+        ValueError: the path is not UTF-8.
+        FileNotFoundError: the data set is missing, and is not to be downloaded, or has
+            to be prepared by hand, or lies in another place or version.
+        ConnectionError: the data set is missing and cannot be downloaded.
+        OSError: the description of the data set is damaged.
     """
-    # Imported here: the handwritten digits do without.
+    # The handwritten digits do not need this package.
     import tensorflow_datasets as tfds
 
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(
-            f"data_dir={data_dir} is no folder; make it, or give the one in which "
-            f"{name} lies, or is to be downloaded to."
+            f"data_dir={data_dir} is no folder; make it to download {name}, or give "
+            f"the folder that holds {name}."
         )
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     if data_dir:
@@ -100,9 +102,9 @@ class Records:
         """Returns the data set of `(file, record, encoded example)`.
 
         Args:
-            shuffle_buffer: number of records from which the next is drawn at random,
-                after the order of the files; 0 for the order in which they lie.
-            seed: scalar `int64` tensor, on which alone the order depends.
+            shuffle_buffer: int, the number of records from which the next is drawn at
+                random. The order of the files is random, too. 0 keeps both orders.
+            seed: scalar `int64` tensor. The order depends on nothing else.
         """
         lengths = tf.constant(self.lengths, tf.int64)
         files = tf.data.Dataset.from_tensor_slices((self.paths, lengths)).enumerate()
@@ -121,7 +123,7 @@ class Records:
             return records.map(lambda record, encoded: (file, record, encoded))
 
         def shuffled(seed):
-            # Of this function's graph. The global one would have a say otherwise.
+            # The seed of the graph of this function, in place of the global one.
             tf.compat.v1.set_random_seed(1)
             return (
                 files.shuffle(len(self.paths), seed, reshuffle_each_iteration=False)
@@ -139,11 +141,11 @@ class Records:
         return tf.data.Dataset.from_tensors(seed).flat_map(shuffled)
 
     def decoded(self, records, decode):
-        """Returns the data set of `decode(example, *more)`, without what is corrupt.
+        """Returns the data set of `decode(example, *more)` without corrupt records.
 
         Args:
             records: data set of `(file, record, encoded example, *more)`.
-            decode: function of the example, a dictionary, to a tuple of tensors.
+            decode: function from an example, a dictionary, to a tuple of tensors.
         """
 
         def parse(encoded, *more):
@@ -296,18 +298,18 @@ def _download(builder, download):
 
 
 def _misplaced(name, data_dir):
-    """Returns where the data set lies in another version, or a level off."""
+    """Returns the folders of the data set in another version or at another level."""
     patterns = ("", "*/", f"{name}/*/", f"*/{name}/*/")
     infos = [p for at in patterns for p in data_dir.glob(at + "dataset_info.json")]
     return [info.parent for info in infos if name in info.parts]
 
 
 def _unreachable(url):
-    """Returns why `url` gives no answer within 15 seconds, `None` if it does.
+    """Returns why `url` does not answer within 15 seconds, or `None`.
 
-    TFDS itself repeats its attempts for minutes. The client is the one it uses, with
-    the same proxies and certificates; the thread is for look-ups of the host's name,
-    on which no timeout has a hold.
+    TFDS repeats its attempts for minutes. This function uses the client of TFDS, with
+    the same proxies and certificates. No timeout of the client covers the look-up of
+    the host name, so a thread waits for it.
     """
     import requests
 

@@ -70,7 +70,7 @@ def check_free(run_dir, description):
         )
     found = read_json(run_dir / "recipe.json")
     for field, wanted in description.items():
-        # A run may go on after an update of a package.
+        # An update of a package does not end a run.
         if field != "versions" and found.get(field) != wanted:
             raise FileExistsError(
                 f"{run_dir} holds an unfinished run with {field}={found.get(field)!r}, "
@@ -87,10 +87,13 @@ def _is_of_a_start(path):
 def locked(run_dir):
     """Holds a run folder for this process. The system ends the lock with the process.
 
+    Args:
+        run_dir: path of an existing folder.
+
     Raises:
         FileExistsError: another process holds the folder.
     """
-    # To write, since NFS has no such lock of a file that is only read.
+    # NFS locks a file only if it is open for writing.
     with (run_dir / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

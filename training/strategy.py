@@ -55,7 +55,7 @@ def is_chief(strategy):
 
 
 def on_any_worker(strategy, flag):
-    """Returns whether `flag` is true on one of the workers, which all have to ask."""
+    """Returns whether `flag` is true on one of the workers. All workers have to ask."""
     if not is_multiworker(strategy):
         return flag
     return bool(_sum_over_workers(strategy)(tf.constant(float(flag))) > 0)
@@ -73,9 +73,9 @@ def _sum_over_workers(strategy):
 def averaging(model, strategy):
     """Returns the function that gives all replicas the mean of their statistics.
 
-    In Keras 3.15 the moving statistics of a BatchNorm are those of its replica's own
-    images, and a model is tested and saved with those of one replica. As they are
-    linear in what they are made of, it does not matter how often they are averaged.
+    In Keras 3.15 each replica updates the moving statistics of a BatchNorm by its own
+    images. Keras tests and saves a model with those of one replica. The statistics are
+    linear in the images, so their mean does not depend on the number of averagings.
     """
     variables = [
         variable
@@ -98,9 +98,9 @@ def averaging(model, strategy):
 def trainable(network, strategy):
     """Returns the model to compile and `fit` in the scope of `strategy`.
 
-    It has the layers of `network`, which are built in the scope; to be called outside.
-    Keras draws a batch to build a model that was made in the scope, fails there under
-    several workers, and finds none left in a data set that was read to its end.
+    Call this outside of the scope, with a network whose layers were built in it. Keras
+    draws a batch to build a model that was made in the scope. That fails under several
+    workers, and for a data set that was read to its end.
     """
     cls = _MultiWorkerModel if is_multiworker(strategy) else keras.Model
     return cls(network.inputs, network.outputs, name=network.name)
@@ -110,8 +110,8 @@ class _MultiWorkerModel(keras.Model):
     """A model whose `fit` and `evaluate` run under `MultiWorkerMirroredStrategy`.
 
     Keras 3.15 averages the logs of a step over an axis that they do not have
-    (https://github.com/keras-team/keras/issues/20585). Here they are those of one
-    replica. Those of an epoch, which Keras reads from the metrics, are of all.
+    (https://github.com/keras-team/keras/issues/20585). This model returns the logs of
+    one replica for a step. Keras reads those of an epoch from the metrics of all.
     """
 
     def make_train_function(self, force=False):

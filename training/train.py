@@ -106,7 +106,7 @@ def train(parser, name, recipe, args, stack):
         folder = run_dir / "tensorboard"
         callbacks.append(keras.callbacks.TensorBoard(folder, histogram_freq=1))
     if chief and args.monitor:
-        # In front, for the others to find its values in the logs.
+        # The callbacks after it find its values in the logs.
         callbacks.insert(0, fit.Monitor(images, run_dir, args.monitor))
     go_on = f"the same command goes on from the last checkpoint in {run_dir}"
     try:
@@ -155,7 +155,7 @@ def check_replicas(recipe, replicas):
 
 
 def finish(run_dir, name, recipe, network, images, rows):
-    """Draws, scores and exports a trained run; its result is what was saved."""
+    """Draws the curves of a trained run, scores its saved model and exports it."""
     from training import evaluate, export, fit, outputs
 
     outputs.draw_curves(run_dir / "curves.png", rows, name)
@@ -170,7 +170,7 @@ def finish(run_dir, name, recipe, network, images, rows):
         "skipped_images": len(images.corrupt),
         "class_names": images.class_names,
     }
-    # Left by a run that was stopped after it.
+    # A process that ended between the export and the result leaves an export.
     shutil.rmtree(run_dir / "export", ignore_errors=True)
     (run_dir / "export").mkdir()
     export.export(run_dir, run_dir / "export" / "1", result)
