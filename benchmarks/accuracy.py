@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.provenance import FOLDER, provenance
-from training import runs
+from training import outputs, runs
 from training.recipes import RECIPES
 
 RUN = ("recipe", "recompute", "seed")
@@ -44,13 +44,13 @@ def train(run, run_dir, data_dir):
     row = {field: result[field] for field in fields}
     write("accuracy.csv", run, [row | provenance()])
     fields = ("epoch", "step", "train_loss", "test_loss", "test_accuracy")
-    epochs = runs.read_metrics(run_dir / "metrics.csv")
+    epochs = outputs.read_table(run_dir / "metrics.csv")
     rows = [{field: row[field] for field in fields} for row in epochs]
     write("accuracy_epochs.csv", run, rows)
 
 
 def read(name):
-    return runs.read_metrics(FOLDER / name)
+    return outputs.read_table(FOLDER / name)
 
 
 def rows_of(run, rows):
@@ -60,7 +60,7 @@ def rows_of(run, rows):
 def write(name, run, rows):
     """Adds the rows of one run to a CSV file."""
     rows = [dict(zip(RUN, run, strict=True)) | row for row in rows]
-    runs.write_metrics(FOLDER / name, read(name) + rows)
+    outputs.write_table(FOLDER / name, read(name) + rows)
 
 
 def plot():

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.provenance import FOLDER, provenance
-from training import data, fit, runs
+from training import data, fit, outputs
 from training.recipes import RECIPES
 
 # So many batches that the few that lie ready at the start of a round do not matter.
@@ -71,7 +71,7 @@ def main():
             }
         )
         print(what, rows[-1]["images_per_second"], "images per second")
-    runs.write_metrics(FOLDER / "input_pipeline.csv", rows)
+    outputs.write_table(FOLDER / "input_pipeline.csv", rows)
 
 
 if __name__ == "__main__":

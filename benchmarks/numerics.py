@@ -27,8 +27,9 @@ import tensorflow as tf
 
 from benchmarks.provenance import FOLDER, provenance
 from revnet_tf import RevBlock, RevSequence
+from revnet_tf._files import replacing
 from revnet_tf.numerics import ReversibilityMonitor
-from training import data, fit, runs
+from training import data, fit, outputs
 from training.recipes import RECIPES
 
 DEPTHS = 10, 30, 100, 300, 1000
@@ -111,7 +112,7 @@ def by_depth(depths, mode):
     y = rng.integers(10, size=16)
     for depth in depths:
         for way, options in WAYS.items():
-            rows = runs.read_metrics(path)
+            rows = outputs.read_table(path)
             cell = {"mode": mode, "way": way, "num_blocks": str(depth)}
             if any(cell.items() <= row.items() for row in rows):
                 continue
@@ -120,7 +121,7 @@ def by_depth(depths, mode):
                 "reconstruction_error": f"{found['reconstruction_error']:.3g}",
                 "gradient_angle": f"{found['gradient_angle']:.3g}",
             }
-            runs.write_metrics(path, [*rows, provenance() | row])
+            outputs.write_table(path, [*rows, provenance() | row])
             print(*row.values(), flush=True)
             keras.backend.clear_session()
 
@@ -145,7 +146,7 @@ def training(recipe, images, run_dir, every_steps, steps, minutes):
     if manager.latest_checkpoint:
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
     first = int(networks["rebuilt"].optimizer.iterations.numpy())
-    rows = [row for row in runs.read_metrics(path) if int(row["step"]) <= first]
+    rows = [row for row in outputs.read_table(path) if int(row["step"]) <= first]
     common = provenance()
     x, y, _ = next(iter(images.test_batches(16)))
     monitor = watched(networks["rebuilt"], x, y, every_steps)
@@ -165,7 +166,7 @@ def training(recipe, images, run_dir, every_steps, steps, minutes):
         print(*row.values(), flush=True)
         done = step == steps or time.monotonic() - start > 60 * minutes
         if done or step % CHECKPOINT_STEPS == 0:
-            runs.write_metrics(path, rows)
+            outputs.write_table(path, rows)
             manager.save(step)
         if done:
             return
@@ -174,7 +175,7 @@ def training(recipe, images, run_dir, every_steps, steps, minutes):
 def plot():
     from matplotlib.figure import Figure
 
-    rows = runs.read_metrics(FOLDER / "numerics.csv")
+    rows = outputs.read_table(FOLDER / "numerics.csv")
     rows = [row for row in rows if row["mode"] == "eager"]
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     quantities = {
@@ -202,7 +203,7 @@ def plot():
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, "numerics.png")
 
-    rows = runs.read_metrics(FOLDER / "numerics_training.csv")
+    rows = outputs.read_table(FOLDER / "numerics_training.csv")
     if not rows:
         return
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -225,7 +226,7 @@ def plot():
 
 
 def save(figure, name):
-    with runs.written_whole(FOLDER / name) as part:
+    with replacing(FOLDER / name) as part:
         figure.savefig(part, dpi=120)
 
 

@@ -3,12 +3,14 @@
 Options, as JSON:
     devices: number of logical CPUs. They have to be set before TensorFlow starts, and
         two mirrored strategies in one process abort it.
-    network: one of `NETWORKS`, instead of the recipe's.
-    weights: file to whose name every worker adds its number, for what it has trained.
+    network: one of `NETWORKS`, in place of that of the recipe.
+    weights: file for the weights, to whose name every worker adds its number.
     fit_only: whether the run ends with the training, without export and score.
+    timeout: seconds that a worker waits for the others.
+    hang: number of the worker that hangs after its first step.
     kill: seconds from the end of the first step to SIGKILL.
-    kill_in_save: seconds from the beginning of the first checkpoint to SIGKILL; at the
-        latest, when it has been written and is to be renamed.
+    kill_in_save: seconds from the beginning of the first checkpoint to SIGKILL. The
+        process is killed before it renames the checkpoint at the latest.
 """
 
 import json
@@ -16,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import keras
 import numpy as np
@@ -23,7 +26,7 @@ import tensorflow as tf
 
 import revnet_tf
 from revnet_tf import models
-from training import fit, train
+from training import cluster, fit, train
 
 
 def network(*normalization):
@@ -63,15 +66,15 @@ def kill_after(seconds):
     return timer
 
 
-def kill_after_step(seconds):
-    on_train_batch_end = fit._RunFolder.on_train_batch_end
+def after_first_step(action):
+    on_train_batch_end = fit.Saving.on_train_batch_end
 
     def first(*args, **logs):
-        kill_after(seconds)
-        fit._RunFolder.on_train_batch_end = on_train_batch_end
+        action()
+        fit.Saving.on_train_batch_end = on_train_batch_end
         on_train_batch_end(*args, **logs)
 
-    fit._RunFolder.on_train_batch_end = first
+    fit.Saving.on_train_batch_end = first
 
 
 def kill_in_save(seconds):
@@ -86,14 +89,20 @@ def kill_in_save(seconds):
 
 
 def main(options, argv):
+    task = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {})
+    index = task.get("index", 0)
     if "devices" in options:
         (cpu,) = tf.config.list_physical_devices("CPU")
         devices = [tf.config.LogicalDeviceConfiguration()] * options["devices"]
         tf.config.set_logical_device_configuration(cpu, devices)
     if "network" in options:
         models.RevNet = NETWORKS[options["network"]]
+    if "timeout" in options:
+        cluster.TIMEOUT = options["timeout"]
+    if options.get("hang") == index:
+        after_first_step(lambda: time.sleep(1000))
     if "kill" in options:
-        kill_after_step(options["kill"])
+        after_first_step(lambda: kill_after(options["kill"]))
     if "kill_in_save" in options:
         kill_in_save(options["kill_in_save"])
     if options.get("fit_only"):
@@ -103,8 +112,6 @@ def main(options, argv):
     def fit_and_write(network, *args):
         rows = fit_(network, *args)
         if "weights" in options:
-            config = json.loads(os.environ.get("TF_CONFIG", "{}"))
-            index = config.get("task", {}).get("index", 0)
             weights = np.concatenate([w.numpy().ravel() for w in network.weights])
             np.save(f"{options['weights']}{index}.npy", weights)
         return rows

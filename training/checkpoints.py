@@ -1,6 +1,5 @@
-"""Checkpoints of a run: written whole, two of them kept, damaged ones passed over."""
+"""Checkpoints of a run. Each is written as a whole; a damaged one is passed over."""
 
-import re
 import shutil
 import sys
 import tempfile
@@ -8,19 +7,20 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from training import runs
+from revnet_tf._files import replacing
+from training import outputs, runs
 
-KEPT = 2
+NUM_STORED = 2
 
 
 class Checkpoints:
-    """The checkpoints in a folder, each a folder `step-N` of its own.
+    """The checkpoints in a folder, each a folder `step-N` with variables and a record.
 
     Args:
-        folder: path; it need not exist.
-        is_chief: whether this process writes them. The other workers save too, since
-            they take part in reading variables that they share, but do not keep it.
-        **objects: what a checkpoint holds, as `tf.train.Checkpoint` takes it.
+        folder: path of the folder; it need not exist.
+        is_chief: bool, whether this process writes the checkpoints. The other workers
+            take part in reading the variables that they share, and write nothing.
+        **objects: the variables, as `tf.train.Checkpoint` takes them.
     """
 
     def __init__(self, folder, is_chief=True, **objects):
@@ -28,47 +28,59 @@ class Checkpoints:
         self.is_chief = is_chief
         self._checkpoint = tf.train.Checkpoint(**objects)
 
-    def save(self, step):
+    def save(self, step, record):
+        """Writes a checkpoint, and removes all but the last `NUM_STORED`.
+
+        Args:
+            step: int, the number of steps that are done.
+            record: dictionary of the state beside the variables, as JSON has it.
+        """
         if not self.is_chief:
             with tempfile.TemporaryDirectory() as folder:
                 self._checkpoint.write(str(Path(folder, "variables")))
             return
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"step-{step}"
-        shutil.rmtree(path, ignore_errors=True)  # It was damaged, or passed over.
-        with runs.written_whole(path) as part:
+        shutil.rmtree(path, ignore_errors=True)  # It was damaged and passed over.
+        with replacing(path) as part:
             self._checkpoint.write(str(part / "variables"))
-        for old in self._saved()[:-KEPT]:
+            outputs.write_json(part / runs.RECORD, record)
+        for old in list(runs.checkpoints(self.folder).values())[:-NUM_STORED]:
             shutil.rmtree(old)
 
     def restore(self):
-        """Restores the last checkpoint that can be read, and returns its step, or 0.
+        """Restores the last checkpoint that can be read.
+
+        Returns:
+            The step and the record. The step is 0 where there is no checkpoint. The
+            record is empty there, and in a checkpoint of an older version.
 
         Raises:
-            OSError: there are checkpoints, and none can be read.
+            OSError: no checkpoint can be read, or one has other variables.
         """
         if self.is_chief:
-            for part in self.folder.glob("part-*"):
-                shutil.rmtree(part)
-        saved = self._saved()
-        for path in reversed(saved):
+            outputs.remove_parts(self.folder)
+        found = runs.checkpoints(self.folder)
+        for step, path in reversed(found.items()):
             try:
+                record = runs.record(path)
                 self._checkpoint.read(str(path / "variables")).assert_consumed()
-                return _step(path)
-            except (tf.errors.OpError, IndexError) as error:
+                return step, record
+            except (
+                AssertionError,
+                ValueError,
+                tf.errors.InvalidArgumentError,
+            ) as error:
+                raise OSError(
+                    f"{path} holds other variables than the network of this run; "
+                    "remove it, or go on with the version that wrote it."
+                ) from error
+            except (tf.errors.OpError, IndexError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 print(f"{path} is damaged and passed over: {reason}", file=sys.stderr)
-        if saved:
+        if found:
             raise OSError(
                 f"none of the checkpoints in {self.folder} can be read; remove the "
                 "folder to begin the run anew."
             )
-        return 0
-
-    def _saved(self):
-        paths = [p for p in self.folder.glob("step-*") if re.search(r"-\d+$", p.name)]
-        return sorted(paths, key=_step)
-
-
-def _step(path):
-    return int(path.name.removeprefix("step-"))
+        return 0, {}

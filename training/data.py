@@ -1,4 +1,4 @@
-"""The data sets of the recipes, from where they lie."""
+"""The data sets of the recipes."""
 
 import numpy as np
 import tensorflow as tf
@@ -14,13 +14,13 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
     Args:
         recipe: a `Recipe`.
         data_dir, download: as for `prepared.builder`.
-        skip_corrupt: whether images that cannot be read or decoded are left out and
-            counted, rather than ending the run.
+        skip_corrupt: bool, whether to leave out and count images that cannot be read or
+            decoded. Otherwise they end the run.
 
     Raises:
         ValueError: the data set has another number of classes, or is no TFDS data set
             and `data_dir` is given.
-        OSError: as `prepared.builder`; a record is corrupt.
+        OSError: as for `prepared.builder`, or a record is corrupt.
     """
     task = recipe.task
     if task.dataset == "digits":
@@ -44,15 +44,20 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
     return images
 
 
+def failure(images):
+    """Returns the corrupt record that ended the reading of `images`, or `None`."""
+    return next((r.failure for r in images.records if r.failure), None)
+
+
 def _digits(test_in_mean):
     """Scikit-learn's 1,797 handwritten digits, 8x8; a fifth of them is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    # 0 to 16 in the set; stretched, so that images of all sets go from 0 to 255.
+    # The images of this set go from 0 to 16, those of all others from 0 to 255.
     images = np.round(digits.images[..., np.newaxis] * (255 / 16)).astype(np.uint8)
-    # One split for every seed of a recipe: results are of the same test images.
+    # The test images do not depend on the seed of a recipe.
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
     )
@@ -73,7 +78,7 @@ def _in_memory(builder, skip_corrupt, test_in_mean):
         try:
             batches = list(examples.batch(1024).as_numpy_iterator())
         except tf.errors.OpError as error:
-            raise OSError(next(iter(records.corrupt), error)) from error
+            raise OSError(records.failure or error) from error
         arrays += map(np.concatenate, zip(*batches, strict=True))
     class_names = builder.info.features["label"].names
     return ImagesInMemory(*arrays, class_names, test_in_mean, tuple(splits))

@@ -1,21 +1,19 @@
 """Scores a finished run: `python -m training.evaluate RUN_DIR [--data-dir DIR]`."""
 
-import sys
-
-from training import runs
+from training import runs, signals
 from training.command import Parser, io_errors, path
 
 
 def score(run_dir, images):
     """Returns accuracy and loss of the run's `model.keras` on the test images.
 
-    The loss is the cross-entropy, without the regularization that training adds.
+    The loss is the cross-entropy without the regularization of the training.
     """
     import keras
 
-    import revnet_tf  # noqa: F401  It registers the model's layers.
+    from training import export
 
-    model = keras.models.load_model(run_dir / "model.keras")
+    model = export.load(run_dir)
     model.compile(
         loss=keras.losses.SparseCategoricalCrossentropy(),
         weighted_metrics=[
@@ -50,10 +48,10 @@ def main(argv=None):
     try:
         accuracy, loss = score(args.run_dir, images)
     except io_errors() as error:
-        parser.fail(1, images.corrupt[0] if images.corrupt else error)
+        parser.fail(1, data.failure(images) or error)
     print(f"test accuracy  {accuracy:.4f}  (recorded {result['test_accuracy']:.4f})")
     print(f"test loss      {loss:.4f}  (recorded {result['test_loss']:.4f})")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.run("python -m training.evaluate", main)

@@ -5,19 +5,19 @@ A version of the SavedModel is a numbered folder, as TensorFlow Serving expects;
 and LiteRT for small devices, in float32 or int8 arithmetic.
 """
 
-import sys
+import contextlib
 
-from training import runs
+from training import paths, runs, signals
 from training.command import Parser, io_errors, one_of, path
 
-# With the name of the file in the run folder.
+# The formats that are files, with the name of the file in the run folder.
 FILES = {
     "litert": "model.tflite",
     "litert_int8": "model_int8.tflite",
     "onnx": "model.onnx",
 }
 FORMATS = ("saved_model", *FILES)
-# The ranges of int8 numbers change little after the first hundred.
+# The ranges of int8 values change little after the first hundred images.
 NUM_REPRESENTATIVE_IMAGES = 300
 
 
@@ -25,9 +25,9 @@ def export(run_dir, output, result):
     """Writes the run's `model.keras` as a SavedModel folder at `output`.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: path of the run folder.
         output: path of the new folder.
-        result: dictionary, as in `result.json`.
+        result: dictionary, the content of `result.json`.
     """
     import keras
 
@@ -35,7 +35,7 @@ def export(run_dir, output, result):
     from training import imagenet
 
     model = load(run_dir)
-    # As `fit.serving_model` makes it.
+    # The layers of `fit.serving_model`.
     _, normalization, network, probabilities = model.layers
     pooled = keras.Model(network.input, network.get_layer("avg_pool").output)
     export_saved_model(
@@ -59,7 +59,7 @@ def export(run_dir, output, result):
 
 
 def export_file(run_dir, output, file_format, images=None):
-    """Writes the run's `model.keras` as a file, with `images` in int8 arithmetic."""
+    """Writes the run's `model.keras` as a file, with `images` for int8 arithmetic."""
     from revnet_tf.export import export_litert, export_onnx
 
     if file_format == "onnx":
@@ -69,7 +69,7 @@ def export_file(run_dir, output, file_format, images=None):
 
 
 def representative_images(run_dir, data_dir):
-    """Returns training images of a run, augmented, `uint8`."""
+    """Returns augmented training images of a run, `uint8`."""
     import numpy as np
 
     from training import data
@@ -83,11 +83,21 @@ def representative_images(run_dir, data_dir):
 
 
 def load(run_dir):
+    """Returns the model of a run.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     import keras
 
-    import revnet_tf  # noqa: F401  It registers the model's layers.
+    import revnet_tf  # noqa: F401  It registers the layers of the model.
 
-    return keras.models.load_model(run_dir / "model.keras")
+    path = run_dir / "model.keras"
+    try:
+        return keras.models.load_model(path)
+    # Keras raises any of these for a file that another version or program wrote.
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise OSError(f"{path} cannot be loaded: {error}") from error
 
 
 def main(argv=None):
@@ -113,31 +123,43 @@ def main(argv=None):
             f"--data-dir={args.data_dir}: only --format litert_int8 reads a data set; "
             "leave it out"
         )
-    try:
-        result = runs.finished(args.run_dir)
-        runs.recipe_of(args.run_dir)  # An error here comes before any work.
-        if args.output:
-            output = args.output
-        elif args.format in FILES:
-            output = args.run_dir / FILES[args.format]
-        else:
-            output = next_version(args.run_dir / "export")
-        if output.exists():
-            raise FileExistsError(f"output={output} exists; give another --output.")
-        images = None
-        if args.format == "litert_int8":
-            images = representative_images(args.run_dir, args.data_dir)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if args.format == "saved_model":
-            export(args.run_dir, output, result)
-        else:
-            export_file(args.run_dir, output, args.format, images)
-    except (ImportError, RuntimeError, ValueError, *io_errors()) as error:
-        parser.fail(1, error)
+    with contextlib.ExitStack() as stack:
+        try:
+            result = runs.finished(args.run_dir)
+            runs.recipe_of(args.run_dir)  # An error here comes before any work.
+            if not args.output:
+                # Two exports at a time would take the same version.
+                stack.enter_context(runs.locked(args.run_dir))
+            output = args.output or default_output(args.run_dir, args.format)
+            paths.check_encoding(output)
+            if args.format == "saved_model":
+                paths.check_literal(output)
+            if output.exists():
+                raise FileExistsError(f"output={output} exists; give another --output.")
+            images = None
+            if args.format == "litert_int8":
+                images = representative_images(args.run_dir, args.data_dir)
+        except (ValueError, OSError) as error:
+            parser.error(error)
+        try:
+            with signals.raised_interrupt():
+                output.parent.mkdir(parents=True, exist_ok=True)
+                if args.format == "saved_model":
+                    export(args.run_dir, output, result)
+                else:
+                    export_file(args.run_dir, output, args.format, images)
+        except (ImportError, RuntimeError, ValueError, *io_errors()) as error:
+            parser.fail(1, error)
+        except KeyboardInterrupt:
+            parser.fail(signals.STATUS, f"interrupted; {output} is not written")
     print(output)
+
+
+def default_output(run_dir, file_format):
+    """Returns the path in a run folder to which the program exports."""
+    if file_format in FILES:
+        return run_dir / FILES[file_format]
+    return next_version(run_dir / "export")
 
 
 def next_version(folder):
@@ -147,4 +169,4 @@ def next_version(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.run("python -m training.export", main)

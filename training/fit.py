@@ -1,6 +1,7 @@
-"""A recipe, fitted: the network, its optimizer, the loop with its checkpoints."""
+"""The training of a recipe: network, optimizer, and the loop with its checkpoints."""
 
 import contextlib
+import dataclasses
 import math
 import re
 import signal
@@ -13,22 +14,43 @@ import numpy as np
 import tensorflow as tf
 
 from revnet_tf import memory, numerics
-from training import runs
+from training import outputs, runs
 from training.checkpoints import Checkpoints
+from training.cluster import watched
 from training.strategy import (
     averaging,
+    cluster_in,
     is_chief,
     is_multiworker,
     on_any_worker,
     trainable,
 )
 
-# Steps between two questions to the other workers whether the run shall end.
+# The columns of the table, and the types of their values.
+METRICS = {
+    "epoch": int,
+    "step": int,
+    "learning_rate": float,
+    "train_loss": float,
+    "train_accuracy": float,
+    "test_loss": float,
+    "test_accuracy": float,
+    "seconds": float,
+    "images_per_second": float,
+    "peak_memory_mib": int,
+}
+REVERSIBILITY = {
+    "step": int,
+    "reconstruction_error": float,
+    "block": str,
+    "gradient_angle": float,
+}
+# Number of steps between two questions to the other workers: did one get SIGTERM?
 WORKERS_ASK_EVERY = 10
 
 
 class Preempted(Exception):
-    """The run was asked to end by SIGTERM, and its state is saved."""
+    """SIGTERM ended the run, whose state is saved."""
 
 
 def learning_rate(recipe):
@@ -55,7 +77,7 @@ def compile_network(network, recipe):
     metrics = recipe.task.metrics()
     jit = recipe.jit
     if jit is None:
-        # What Keras does with a model that was made in the scope of a strategy.
+        # As Keras does for a model that was made in the scope of a strategy.
         alone = tf.distribute.get_strategy().num_replicas_in_sync == 1
         jit = "auto" if alone else False
     network.compile(
@@ -64,31 +86,42 @@ def compile_network(network, recipe):
         weighted_metrics=metrics,
         jit_compile=jit,
     )
-    # Before any checkpoint is read: there has to be something to read it into.
+    # A checkpoint can be read only into variables that exist.
     optimizer.build(network.trainable_variables)
     return metrics
 
 
 def plan_memory(network, recipe, images, strategy, budget_bytes=None):
-    """Returns what a training step keeps on each replica, by estimate.
+    """Estimates the memory of a training step on each replica.
 
-    With a budget, what `network` recomputes is chosen by it. (A twin that is no part of
-    the strategy is estimated.)
+    With a budget, the function also chooses the blocks of `network` that recompute
+    their activations.
+
+    Args:
+        network: `keras.Model`, made in the scope of `strategy`.
+        recipe, images, strategy: as for `fit`.
+        budget_bytes: int, the memory that a step may need, or `None`.
+
+    Returns:
+        A `revnet_tf.memory.Memory`.
 
     Raises:
         ValueError: the budget is too small, or the network is not reversible.
     """
+    # `memory` traces a step of one device, so it gets a network outside the strategy.
     twin = build(recipe, images)
     compile_network(twin, recipe)
     batch_size = recipe.global_batch_size // strategy.num_replicas_in_sync
     if budget_bytes is not None:
         memory.plan(twin, batch_size, budget_bytes)
-        for layer, planned in zip(_blocks(network), _blocks(twin), strict=True):
+        layers = zip(_recomputable(network), _recomputable(twin), strict=True)
+        for layer, planned in layers:
             layer.recompute = planned.recompute
     return memory.estimate(twin, batch_size)
 
 
-def _blocks(network):
+def _recomputable(network):
+    """Returns the layers that can recompute their activations, and their blocks."""
     return [
         block
         for layer in network.layers
@@ -98,12 +131,12 @@ def _blocks(network):
 
 
 def num_parameters(network):
-    """Returns the number of trainable ones, as papers count."""
+    """Returns the number of trainable parameters, as papers count."""
     return sum(math.prod(weight.shape) for weight in network.trainable_weights)
 
 
 def serving_model(network, images):
-    """Returns the model that takes `uint8` images and gives probabilities."""
+    """Returns the model from `uint8` images to probabilities."""
     inputs = keras.Input(images.image_shape, dtype="uint8", name="image")
     normalized = keras.layers.Normalization(
         axis=(1, 2, 3),
@@ -115,110 +148,159 @@ def serving_model(network, images):
 
 
 def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=()):
-    """Trains `network`, from the last checkpoint in `run_dir` if there is one.
+    """Trains `network`, from the last checkpoint in `run_dir` if it has one.
 
     Args:
-        network: built in the scope of `strategy`.
+        network: `keras.Model`, made in the scope of `strategy`.
         recipe: a `Recipe`.
-        images: its `Images`.
+        images: the `Images` of the recipe.
         run_dir: path of the run folder.
         strategy: a `tf.distribute.Strategy`.
-        save_every: number of steps between checkpoints, besides that of each epoch.
-        callbacks: further Keras callbacks.
+        save_every: int, the number of steps between checkpoints. Each epoch ends with
+            a checkpoint, too.
+        callbacks: list of further Keras callbacks.
 
     Returns:
         The rows of `metrics.csv`.
 
     Raises:
         Preempted: after SIGTERM.
-        FloatingPointError: the loss is not a number any more.
+        FloatingPointError: the loss is not finite.
     """
-    steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
     model = trainable(network, strategy)
     with strategy.scope():
         metrics = compile_network(model, recipe)
-        folder = _RunFolder(
-            model, metrics, recipe, images, run_dir, strategy, save_every
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            is_chief(strategy),
+            # TensorFlow does not find the seed generators of Keras in a model.
+            network=model.variables,
+            optimizer=model.optimizer.variables,
+            sums=[variable for metric in metrics for variable in metric.variables],
         )
+        progress, continue_epoch = resume(checkpoints, metrics, recipe, images, run_dir)
+        saving = Saving(progress, checkpoints, recipe, run_dir, strategy, save_every)
         test = strategy.distribute_datasets_from_function(
             lambda context: images.test_batches(
                 recipe.global_batch_size, context=context
             )
         )
-        with folder.saved_on_sigterm():
-            while folder.step < recipe.train_steps:
-                # First what is left of an epoch that was begun, then whole epochs.
-                epoch, begun = divmod(folder.step, steps_per_epoch)
-                whole = math.ceil(recipe.train_steps / steps_per_epoch)
+        with saving.on_sigterm(), watched(cluster_in(strategy)) as note:
+            watching = keras.callbacks.LambdaCallback(
+                on_train_batch_end=note, on_test_batch_end=note
+            )
+            while progress.step < recipe.train_steps:
+                # First the rest of an epoch that has begun, then whole epochs.
+                epoch, begun = divmod(progress.step, progress.steps_per_epoch)
+                whole = math.ceil(recipe.train_steps / progress.steps_per_epoch)
+                resumed = [continue_epoch] if begun else []
                 model.fit(
                     strategy.distribute_datasets_from_function(
                         lambda context: images.training_batches(
-                            recipe, folder.step, context
+                            recipe, progress.step, context
                         )
                     ),
                     validation_data=test,
                     validation_steps=images.test_steps(recipe.global_batch_size),
                     initial_epoch=epoch,
                     epochs=epoch + 1 if begun else whole,
-                    steps_per_epoch=steps_per_epoch - begun,
-                    shuffle=False,  # done by the batches
-                    callbacks=[folder, *callbacks],
+                    steps_per_epoch=progress.steps_per_epoch - begun,
+                    shuffle=False,  # The batches are shuffled.
+                    callbacks=[*resumed, saving, watching, *callbacks],
                     verbose=1 if sys.stdout.isatty() and is_chief(strategy) else 0,
                 )
-    return folder.rows
+    return progress.rows
 
 
-class _RunFolder(keras.callbacks.Callback):
-    """Keeps the run folder up to date, and ends the run at its last step."""
+@dataclasses.dataclass
+class Progress:
+    """The part of a run that is done.
 
-    def __init__(self, model, metrics, recipe, images, run_dir, strategy, save_every):
+    Attributes:
+        train_steps: int, the number of steps of the whole run.
+        steps_per_epoch: int, the number of steps of an epoch. The last may have fewer.
+        step: int, the number of steps that are done.
+        rows: list of dictionaries, the rows of `metrics.csv`.
+        run: string, the identifier of the run, or `None`.
+    """
+
+    train_steps: int
+    steps_per_epoch: int
+    step: int
+    rows: list
+    run: str | None
+
+    @property
+    def epoch_is_whole(self):
+        """Whether the last step ended an epoch."""
+        return self.step == self.train_steps or self.step % self.steps_per_epoch == 0
+
+
+def resume(checkpoints, metrics, recipe, images, run_dir):
+    """Restores the last checkpoint of a run, if it has one.
+
+    Args:
+        checkpoints: the `Checkpoints` of the run.
+        metrics: list of the metrics, whose sums are in the checkpoints.
+        recipe, images, run_dir: as for `fit`.
+
+    Returns:
+        The `Progress` of the run, and the callback with which an epoch that has begun
+        continues its metrics.
+    """
+    step, record = checkpoints.restore()
+    rows, run = record.get("rows", []), None
+    if checkpoints.is_chief:
+        run = runs.identifier(run_dir)
+        outputs.remove_parts(run_dir)
+        if step:
+            print(f"Going on from step {step} of {recipe.train_steps}", flush=True)
+        table = run_dir / "metrics.csv"
+        found = outputs.read_own_table(table, METRICS)
+        if "rows" not in record:
+            # A checkpoint of an older version. The table may be ahead of it.
+            rows = [row for row in found if row["step"] <= step]
+        if rows:
+            outputs.write_table(table, rows)
+    steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
+    sums = [(v, v.numpy()) for metric in metrics for v in metric.variables]
+    for metric in metrics:
+        # Keras resets a metric at the begin of an epoch, but not before its first use.
+        metric.reset_state()
+
+    def continue_sums(*_):
+        for variable, value in sums:
+            variable.assign(value)
+
+    return (
+        Progress(recipe.train_steps, steps_per_epoch, step, rows, run),
+        keras.callbacks.LambdaCallback(on_epoch_begin=continue_sums),
+    )
+
+
+class Saving(keras.callbacks.Callback):
+    """Saves checkpoints and `metrics.csv`, and ends the run at its last step.
+
+    Args:
+        progress: a `Progress`, which the callback advances.
+        checkpoints: the `Checkpoints` of the run.
+        recipe, run_dir, strategy, save_every: as for `fit`.
+    """
+
+    def __init__(self, progress, checkpoints, recipe, run_dir, strategy, save_every):
         super().__init__()
-        self.recipe = recipe
-        self.steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
+        self.progress = progress
+        self.checkpoints = checkpoints
+        self.batch_size = recipe.global_batch_size
+        self.rate = learning_rate(recipe)
         self.run_dir = run_dir
         self.strategy = strategy
-        self.is_chief = is_chief(strategy)
         self.save_every = save_every
-        self.rate = learning_rate(recipe)
-        self.average_statistics = averaging(model, strategy)
         self.sigterm = False
-        # An epoch that is resumed in its middle goes on with what it has summed up.
-        self.sums = [variable for metric in metrics for variable in metric.variables]
-        self.checkpoints = Checkpoints(
-            run_dir / "checkpoints",
-            self.is_chief,
-            # The variables, not the model: in a model TensorFlow does not find Keras's
-            # seed generators.
-            network=model.variables,
-            optimizer=model.optimizer.variables,
-            sums=self.sums,
-        )
-        self.step = self.checkpoints.restore()
-        self.restored_sums = None
-        if self.step and self.is_chief:
-            print(f"Going on from step {self.step} of {recipe.train_steps}", flush=True)
-        if not self.epoch_is_whole():
-            self.restored_sums = [variable.numpy() for variable in self.sums]
-        # Keras does not reset those that it has not used yet.
-        for metric in metrics:
-            metric.reset_state()
-        # Written before the checkpoint, metrics.csv may be a row ahead of it.
-        epochs = self.step / self.steps_per_epoch
-        epochs = math.ceil(epochs) if self.epoch_is_whole() else math.floor(epochs)
-        self.rows = runs.read_metrics(run_dir / "metrics.csv")[:epochs]
-
-    def epoch_is_whole(self):
-        """Returns whether no epoch is begun and not ended; the last one is shorter."""
-        last = self.step == self.recipe.train_steps
-        return last or self.step % self.steps_per_epoch == 0
-
-    def is_asked(self):
-        """Returns whether to look for SIGTERM, for which workers have to wait."""
-        return not is_multiworker(self.strategy) or self.step % WORKERS_ASK_EVERY == 0
 
     @contextlib.contextmanager
-    def saved_on_sigterm(self):
-        """Has SIGTERM end the run after the step, or the epoch's test, that it hits."""
+    def on_sigterm(self):
+        """Has SIGTERM end the run after the current step, or the test of the epoch."""
 
         def note(*_):
             self.sigterm = True
@@ -229,46 +311,63 @@ class _RunFolder(keras.callbacks.Callback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def on_train_begin(self, logs=None):
+        self.average_statistics = averaging(self.model, self.strategy)
+
     def on_epoch_begin(self, epoch, logs=None):
         self.began = time.perf_counter()
-        self.first_step = self.step
-        if self.restored_sums:
-            for variable, value in zip(self.sums, self.restored_sums, strict=True):
-                variable.assign(value)
-            self.restored_sums = None
+        self.first_step = self.progress.step
 
     def on_train_batch_end(self, batch, logs=None):
-        self.step += 1
-        if self.step == self.recipe.train_steps:
+        progress = self.progress
+        progress.step += 1
+        if progress.step == progress.train_steps:
             self.model.stop_training = True
-        if not self.epoch_is_whole():
-            ends = self.is_asked() and on_any_worker(self.strategy, self.sigterm)
-            if ends or (self.save_every and self.step % self.save_every == 0):
+        if not progress.epoch_is_whole:
+            # Workers wait for each other when they ask.
+            alone = not is_multiworker(self.strategy)
+            asks = alone or progress.step % WORKERS_ASK_EVERY == 0
+            ends = asks and on_any_worker(self.strategy, self.sigterm)
+            if ends or (self.save_every and progress.step % self.save_every == 0):
                 self.save()
             if ends:
-                raise Preempted(f"ended by SIGTERM after step {self.step}")
+                raise Preempted(f"ended by SIGTERM after step {progress.step}")
 
     def save(self):
         self.average_statistics()
-        self.checkpoints.save(self.step)
+        progress = self.progress
+        record = {"run": progress.run, "step": progress.step, "rows": progress.rows}
+        self.checkpoints.save(progress.step, record)
 
     def on_test_begin(self, logs=None):
         self.seconds = time.perf_counter() - self.began
         self.average_statistics()
 
     def on_epoch_end(self, epoch, logs=None):
+        progress = self.progress
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(
-                f"The loss is {logs['loss']} after step {self.step}; "
+                f"The loss is {logs['loss']} after step {progress.step}; "
                 "lower learning_rate."
             )
+        trained = (progress.step - self.first_step) * self.batch_size
+        logs["images_per_second"] = trained / self.seconds
+        progress.rows.append(self.row(epoch, logs))
+        if self.checkpoints.is_chief:
+            outputs.write_table(self.run_dir / "metrics.csv", progress.rows)
+        self.save()
+        if self.checkpoints.is_chief and not sys.stdout.isatty():
+            print(describe(progress), flush=True)
+        if on_any_worker(self.strategy, self.sigterm):
+            raise Preempted(f"ended by SIGTERM after step {progress.step}")
+
+    def row(self, epoch, logs):
+        """Returns the row of `metrics.csv` of an epoch."""
         iterations = int(self.model.optimizer.iterations.numpy())
         rate = self.rate(iterations - 1) if callable(self.rate) else self.rate
-        trained = (self.step - self.first_step) * self.recipe.global_batch_size
-        logs["images_per_second"] = trained / self.seconds
-        row = {
+        return {
             "epoch": epoch + 1,
-            "step": self.step,
+            "step": self.progress.step,
             "learning_rate": float(f"{float(rate):.6g}"),  # 0.1, not its float32
             "train_loss": logs["cross_entropy"],
             "train_accuracy": logs["accuracy"],
@@ -278,25 +377,21 @@ class _RunFolder(keras.callbacks.Callback):
             "images_per_second": round(logs["images_per_second"], 1),
             "peak_memory_mib": round(peak_memory() / 2**20),
         }
-        self.rows.append(row)
-        if self.is_chief:
-            runs.write_metrics(self.run_dir / "metrics.csv", self.rows)
-        self.save()
-        if self.is_chief and not sys.stdout.isatty():
-            print(
-                f"epoch {row['epoch']}  step {self.step}/{self.recipe.train_steps}  "
-                f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.4f}  "
-                f"test loss {row['test_loss']:.4f}  "
-                f"test accuracy {row['test_accuracy']:.4f}  {row['seconds']:.1f} s  "
-                f"{row['images_per_second']:.0f} images/s",
-                flush=True,
-            )
-        if on_any_worker(self.strategy, self.sigterm):
-            raise Preempted(f"ended by SIGTERM after step {self.step}")
+
+
+def describe(progress):
+    """Returns the line that reports the last epoch."""
+    row = progress.rows[-1]
+    return (
+        f"epoch {row['epoch']}  step {progress.step}/{progress.train_steps}  "
+        f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.4f}  "
+        f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.4f}  "
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+    )
 
 
 class Monitor(numerics.ReversibilityMonitor):
-    """Watches the reconstruction of 16 test images, for the run folder.
+    """Measures the reconstruction of 16 test images.
 
     Its measurements go to `reversibility.csv` and `reversibility.png`.
     """
@@ -307,25 +402,22 @@ class Monitor(numerics.ReversibilityMonitor):
         self.path = run_dir / "reversibility.csv"
 
     def on_train_begin(self, logs=None):
-        # Those of a run that goes on: what came after its checkpoint comes again.
+        # A run that goes on repeats the measurements after its checkpoint.
         step = int(self.model.optimizer.iterations.numpy())
-        self.rows = []
-        for row in runs.read_metrics(self.path):
-            if int(row["step"]) < step:
-                numbers = {k: float(v) for k, v in row.items() if k != "block"}
-                self.rows.append(row | numbers | {"step": int(row["step"])})
+        rows = outputs.read_own_table(self.path, REVERSIBILITY)
+        self.rows = [row for row in rows if row["step"] < step]
         super().on_train_begin(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        runs.write_metrics(self.path, self.rows)
+        outputs.write_table(self.path, self.rows)
 
 
 def peak_memory():
-    """Returns the peak in bytes so far: of the first GPU, else of this process."""
+    """Returns the peak memory so far in bytes, of the first GPU or of this process."""
     if tf.config.list_logical_devices("GPU"):
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    # Linux's. `ru_maxrss` may be that of the process which started this one.
+    # A file of Linux. `ru_maxrss` can be that of the process that started this one.
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     return 1024 * int(found[1]) if found else math.nan

@@ -1,41 +1,56 @@
-"""Data sets that TFDS has prepared: where they lie, and their records, one by one."""
+"""Data sets that TFDS has prepared: their folders, and their single records."""
 
 import os
+import stat
 import sys
 import threading
 from pathlib import Path
 
 import tensorflow as tf
+from google.protobuf import json_format
+
+from training import paths
 
 FILES_AT_ONCE = 16
 
 
 def builder(name, data_dir=None, download=True):
-    """Returns the TFDS builder of a data set that is prepared, downloaded if need be.
+    """Returns the TFDS builder of a prepared data set.
 
     Args:
-        name: of the data set.
-        data_dir: folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then to that of
-            TFDS.
-        download: whether to download what is not there.
+        name: string, the name of the data set.
+        data_dir: path of a folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then
+            to the default folder of TFDS.
+        download: bool, whether to download and prepare a missing data set.
 
     Raises:
-        FileNotFoundError: `data_dir` holds the data set in another place or version,
-            or it has to be prepared by hand, or is not there and not to be downloaded.
-        ConnectionError: the data set is not there and cannot be downloaded.
+        ValueError: the path is not UTF-8.
+        FileNotFoundError: the data set is missing, and is not to be downloaded, or has
+            to be prepared by hand, or lies in another place or version.
+        ConnectionError: the data set is missing and cannot be downloaded.
+        OSError: the description of the data set is damaged.
     """
-    # Imported here: the handwritten digits do without.
+    # The handwritten digits do not need this package.
     import tensorflow_datasets as tfds
 
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(
-            f"data_dir={data_dir} is no folder; make it, or give the one in which "
-            f"{name} lies, or is to be downloaded to."
+            f"data_dir={data_dir} is no folder; make it to download {name}, or give "
+            f"the folder that holds {name}."
         )
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    if data_dir:
+        paths.check_encoding(data_dir)
     cls = tfds.builder_cls(name)
     for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS):
-        found = cls(data_dir=data_dir, version=version)
+        try:
+            found = cls(data_dir=data_dir, version=version)
+        except (ValueError, AssertionError, json_format.ParseError) as error:
+            raise OSError(
+                f"the dataset_info.json of {name}/{version} in data_dir="
+                f"{data_dir or tfds.core.constants.DATA_DIR} is damaged ({error}); "
+                "copy or prepare the data set again."
+            ) from error
         if (Path(found.data_dir) / "dataset_info.json").is_file():
             return found
     wanted = cls(data_dir=data_dir)
@@ -46,14 +61,17 @@ def builder(name, data_dir=None, download=True):
 class Records:
     """The records of one split, in the files in which TFDS has written them.
 
-    A record that cannot be read or decoded, be it that a file is damaged or an image,
+    A corrupt record is one of a damaged file, or one whose image cannot be decoded. It
     ends the reading with an error that names it, or is left out and counted.
 
     Args:
-        builder: of a prepared data set.
-        split: name of the split.
-        skip_corrupt: whether to leave out what is corrupt.
-        decoders: as TFDS takes them, for features that are not to be decoded.
+        builder: TFDS builder of a prepared data set.
+        split: string, the name of the split.
+        skip_corrupt: bool, whether to leave out corrupt records.
+        decoders: decoders of TFDS, for features that are not to be decoded.
+
+    Raises:
+        OSError: the data set has no such split, or a file of it cannot be read.
     """
 
     def __init__(self, builder, split, skip_corrupt=False, decoders=None):
@@ -70,6 +88,7 @@ class Records:
             )
         self.paths = [str(path) for path in info.filepaths]
         self.lengths = info.shard_lengths
+        _check_files(builder.data_dir, self.paths, self.lengths)
         self.skip_corrupt = skip_corrupt
         self._corrupt = {}
         self._features = builder.info.features
@@ -83,24 +102,28 @@ class Records:
         """Returns the data set of `(file, record, encoded example)`.
 
         Args:
-            shuffle_buffer: number of records from which the next is drawn at random,
-                after the order of the files; 0 for the order in which they lie.
-            seed: scalar `int64` tensor, on which alone the order depends.
+            shuffle_buffer: int, the number of records from which the next is drawn at
+                random. The order of the files is random, too. 0 keeps both orders.
+            seed: scalar `int64` tensor. The order depends on nothing else.
         """
         lengths = tf.constant(self.lengths, tf.int64)
         files = tf.data.Dataset.from_tensor_slices((self.paths, lengths)).enumerate()
 
         def read(file, path_and_length):
             path, length = path_and_length
-            # What a damaged file no longer gives is missing, not left out: every
-            # record keeps its number, and the split its size.
-            missing = tf.data.Dataset.from_tensors(b"").repeat()
-            found = tf.data.TFRecordDataset(path).ignore_errors()
-            records = found.concatenate(missing).take(length).enumerate()
+            # A blank stands for each record that a damaged file does not yield. Every
+            # record has its number, and the split its size.
+            blank = tf.data.Dataset.from_tensors(b"").repeat()
+            # `ignore_errors` alone would try for ever to open a file that is missing.
+            # The range ends the attempts.
+            attempts = tf.data.Dataset.range(length)
+            found = tf.data.Dataset.zip(attempts, tf.data.TFRecordDataset(path))
+            found = found.ignore_errors().map(lambda _, encoded: encoded)
+            records = found.concatenate(blank).take(length).enumerate()
             return records.map(lambda record, encoded: (file, record, encoded))
 
         def shuffled(seed):
-            # Of this function's graph. The global one would have a say otherwise.
+            # The seed of the graph of this function, in place of the global one.
             tf.compat.v1.set_random_seed(1)
             return (
                 files.shuffle(len(self.paths), seed, reshuffle_each_iteration=False)
@@ -118,11 +141,11 @@ class Records:
         return tf.data.Dataset.from_tensors(seed).flat_map(shuffled)
 
     def decoded(self, records, decode):
-        """Returns the data set of `decode(example, *more)`, without what is corrupt.
+        """Returns the data set of `decode(example, *more)` without corrupt records.
 
         Args:
             records: data set of `(file, record, encoded example, *more)`.
-            decode: function of the example, a dictionary, to a tuple of tensors.
+            decode: function from an example, a dictionary, to a tuple of tensors.
         """
 
         def parse(encoded, *more):
@@ -165,7 +188,7 @@ class Records:
 
     @property
     def corrupt(self):
-        """Of the corrupt records found so far: file, number in it, and why."""
+        """The corrupt records found so far: file, number and reason of each."""
         for key, text in list(self._corrupt.items()):
             if text is None:
                 file, record = key
@@ -173,14 +196,23 @@ class Records:
                 self._corrupt[key] = text
         return list(self._corrupt.values())
 
+    @property
+    def failure(self):
+        """The corrupt record that ended the reading, or `None`."""
+        if self.skip_corrupt and len(self._corrupt) < len(self):
+            return None
+        hint = "" if self.skip_corrupt else "; --skip-corrupt leaves such images out"
+        return next((text + hint for text in self.corrupt), None)
+
     def _report(self, file, record):
-        # Within TensorFlow's threads: an operation that waits for another would block
-        # them, so the reason is found later.
+        # In a thread of TensorFlow, where an operation that waits for another would
+        # block. `corrupt` reads the reason later.
         key = int(file), int(record)
         if self.skip_corrupt and key not in self._corrupt:
             print(f"Skipping {self.paths[file]}, record {record}", file=sys.stderr)
         self._corrupt.setdefault(key)
-        if not self.skip_corrupt:
+        if not self.skip_corrupt or len(self._corrupt) == len(self):
+            # The reading of a split without any record would not end.
             raise OSError("a corrupt record")
         return False
 
@@ -193,6 +225,41 @@ class Records:
             return "the file ends before it"
         except (tf.errors.OpError, ValueError) as error:
             return getattr(error, "message", str(error)).splitlines()[0]
+
+
+def _check_files(folder, paths, lengths):
+    """Raises `OSError` unless all files of a split can be read.
+
+    Args:
+        folder: path of the data set.
+        paths: list of strings, the paths of the files.
+        lengths: list of integers, the number of records of each file.
+    """
+    found = zip(paths, map(_problem, paths, lengths), strict=True)
+    problems = [f"{os.path.basename(path)} ({why})" for path, why in found if why]
+    if problems:
+        more = ", ..." if len(problems) > 5 else ""
+        raise OSError(
+            f"{len(problems)} of {len(paths)} files in {folder} cannot be read: "
+            f"{', '.join(problems[:5])}{more}; copy or prepare the data set again."
+        )
+
+
+def _problem(path, length):
+    """Returns why a file of `length` records cannot be read, or `None`."""
+    try:
+        status = os.stat(path)
+        # To open a pipe would wait for a writer.
+        if not stat.S_ISREG(status.st_mode):
+            return "is no regular file"
+        with open(path, "rb") as file:
+            # The length of a record in 8 bytes, its checksum, the record, its checksum.
+            first = int.from_bytes(file.read(8), "little")
+        if length and 8 + 4 + first + 4 > status.st_size:
+            return "holds no whole record"
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _download(builder, download):
@@ -231,18 +298,18 @@ def _download(builder, download):
 
 
 def _misplaced(name, data_dir):
-    """Returns where the data set lies in another version, or a level off."""
+    """Returns the folders of the data set in another version or at another level."""
     patterns = ("", "*/", f"{name}/*/", f"*/{name}/*/")
     infos = [p for at in patterns for p in data_dir.glob(at + "dataset_info.json")]
     return [info.parent for info in infos if name in info.parts]
 
 
 def _unreachable(url):
-    """Returns why `url` gives no answer within 15 seconds, `None` if it does.
+    """Returns why `url` does not answer within 15 seconds, or `None`.
 
-    TFDS itself repeats its attempts for minutes. The client is the one it uses, with
-    the same proxies and certificates; the thread is for look-ups of the host's name,
-    on which no timeout has a hold.
+    TFDS repeats its attempts for minutes. This function uses the client of TFDS, with
+    the same proxies and certificates. No timeout of the client covers the look-up of
+    the host name, so a thread waits for it.
     """
     import requests
 

@@ -1,18 +1,25 @@
-"""The run folder: what lies in it, and who may write there.
+"""The run folder: its contents, and which process may write there.
 
-Every file is written beside its place and moved into it when it is whole.
-`result.json` is the last: a folder that holds it holds a finished run.
+No TensorFlow here: a start that is refused ends before TensorFlow is loaded. The
+program writes `result.json` last. A folder that holds it holds a finished run.
 """
 
 import contextlib
-import csv
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import sys
+import zipfile
+import zlib
 
+from training import paths
 from training.recipe import Recipe
 
+# The name, in a checkpoint, of the file with the state beside the variables.
+RECORD = "record.json"
 _PACKAGES = ("tensorflow", "keras", "numpy")
 
 
@@ -58,7 +65,8 @@ def _described(description):
 
 
 def check_free(run_dir, description):
-    """Raises `FileExistsError` unless this run may begin or go on in `run_dir`."""
+    """Raises an error unless this run may begin or go on in `run_dir`."""
+    paths.check_literal(run_dir)
     existing = next(
         p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists()
     )
@@ -68,7 +76,7 @@ def check_free(run_dir, description):
         raise PermissionError(
             f"{existing} cannot be written to; give another --run-dir."
         )
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not run_dir.exists() or all(map(_is_of_a_start, run_dir.iterdir())):
         return
     if not (run_dir / "recipe.json").is_file():
         raise FileExistsError(
@@ -91,18 +99,84 @@ def check_free(run_dir, description):
             )
 
 
+def _is_of_a_start(path):
+    """Whether a start that was killed can leave a path, before it writes a recipe."""
+    return path.name == "lock" or path.name.startswith("part-")
+
+
+@contextlib.contextmanager
+def locked(run_dir):
+    """Holds a run folder for this process. The system ends the lock with the process.
+
+    Args:
+        run_dir: path of an existing folder.
+
+    Raises:
+        FileExistsError: another process holds the folder.
+    """
+    # NFS locks a file only if it is open for writing.
+    with (run_dir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{run_dir} is in use by another process; wait for its end, or give "
+                "another folder."
+            ) from None
+        except OSError as error:
+            print(
+                f"{run_dir} cannot be locked ({error.strerror}); start no second "
+                "process on it",
+                file=sys.stderr,
+            )
+        yield
+
+
+def check_checkpoints(run_dir, train_steps):
+    """Raises `FileExistsError` if a checkpoint in `run_dir` is not one of its run.
+
+    A run of an older version has no identifier, and its checkpoints have no record.
+    Such a checkpoint is accepted in such a run only.
+
+    Args:
+        run_dir: path of a run folder.
+        train_steps: int, the number of steps of the whole run.
+    """
+    run = identifier(run_dir)
+    for step, path in checkpoints(run_dir / "checkpoints").items():
+        try:
+            found = {"run": None, "step": step} | record(path)
+        except OSError:
+            continue  # It is damaged, and passed over.
+        if found["run"] != run or found["step"] != step or step > train_steps:
+            raise FileExistsError(
+                f"{path} is not a checkpoint of the run in {run_dir}; remove it, or "
+                "give another --run-dir."
+            )
+
+
+def identifier(run_dir):
+    """Returns the string that names a run, or `None` for one of an older version."""
+    return read_json(run_dir / "recipe.json").get("run")
+
+
 def finished(run_dir):
     """Returns `result.json` of the finished run in `run_dir`.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: the run is not finished, or a file of it is missing or damaged.
     """
+    paths.check_encoding(run_dir)
     if (run_dir / "result.json").is_file():
-        return read_json(run_dir / "result.json")
+        result = read_json(run_dir / "result.json")
+        if missing := {"test_accuracy", "test_loss", "class_names"} - set(result):
+            raise OSError(f"{run_dir / 'result.json'} has no {', '.join(missing)}.")
+        check_archive(run_dir / "model.keras")
+        return result
     if (run_dir / "recipe.json").is_file():
         raise FileNotFoundError(
-            f"{run_dir} holds an unfinished run; repeat the python -m training.train "
-            "command that began it, and it goes on from its last checkpoint."
+            f"{run_dir} holds an unfinished run; if it is not running, repeat its "
+            "python -m training.train command, and it goes on from its last checkpoint."
         )
     raise FileNotFoundError(
         f"{run_dir} is no run folder; give the --run-dir of a python -m training.train "
@@ -110,56 +184,42 @@ def finished(run_dir):
     )
 
 
-@contextlib.contextmanager
-def written_whole(path):
-    """Gives the path to write to, and moves it to `path` if nothing went wrong."""
-    # In front of the name: Keras and Matplotlib go by what comes after the dot.
-    part = path.with_name(f"part-{path.name}")
-    yield part
-    os.replace(part, path)
+def check_archive(path):
+    """Raises `OSError` unless a model file is there and whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        damaged = getattr(error, "strerror", None) or error
+    if damaged:
+        raise OSError(f"{path} is missing or damaged ({damaged}); bring back a copy.")
+
+
+def checkpoints(folder):
+    """Returns the checkpoints in a folder: their paths by step, in increasing order."""
+    found = {}
+    for path in folder.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def record(checkpoint):
+    """Returns the record of a checkpoint; one of an older version has none."""
+    path = checkpoint / RECORD
+    return read_json(path) if path.exists() else {}
 
 
 def read_json(path):
-    return json.loads(path.read_text())
+    """Returns the dictionary in a JSON file.
 
-
-def write_json(path, content):
-    with written_whole(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_metrics(path):
-    """Returns the rows of `metrics.csv`, one a finished epoch."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_metrics(path, rows):
-    with written_whole(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw_curves(path, rows, title):
-    """Draws loss and error over the epochs of `metrics.csv`."""
-    # A Figure of its own needs no display and leaves pyplot's state alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
-    loss, error = figure.subplots(1, 2)
-    epochs = [int(row["epoch"]) for row in rows]
-    for split in ("train", "test"):
-        loss.plot(epochs, [float(row[f"{split}_loss"]) for row in rows], label=split)
-        percent = [100 * (1 - float(row[f"{split}_accuracy"])) for row in rows]
-        error.plot(epochs, percent, label=split)
-    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    error.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
-    for axes in (loss, error):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=120)
+    Raises:
+        OSError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} is damaged: it holds no JSON object")
+    return content

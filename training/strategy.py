@@ -1,44 +1,37 @@
-"""Which `tf.distribute` strategy a run is trained under, and what Keras needs for it.
+"""The `tf.distribute` strategy of a run, and additions that Keras needs for it.
 
-Several workers are several processes, of one machine or more, each of which runs the
-same program and finds in its environment variable `TF_CONFIG` who they are. The first,
-or the one whose type is `chief`, writes the run folder.
+Several workers are several processes, on one machine or more. Each runs the same
+program and reads the environment variable `TF_CONFIG`. The first worker, or the one of
+type `chief`, writes the run folder.
 """
 
 import functools
-import json
-import os
 
 import keras
 import tensorflow as tf
+
+from training.cluster import Cluster, cluster_of
 
 STRATEGIES = ("auto", "single", "mirrored", "multiworker")
 
 
 def get_strategy(name):
-    """Returns the strategy of that name.
-
-    To be called before TensorFlow does anything else, which several workers need.
+    """Returns a strategy. With several workers, call it before any other of TensorFlow.
 
     Args:
-        name: `"single"` (one device), `"mirrored"` (every GPU of this machine, or
-            every logical CPU where there is none), `"multiworker"` (the workers of
-            `TF_CONFIG`, each with every GPU of its own), or `"auto"` (multiworker where
-            `TF_CONFIG` names several, else mirrored where there are several GPUs, else
-            single).
+        name: string, one of
+            - `"single"`: one device.
+            - `"mirrored"`: all GPUs of this machine, or all logical CPUs without a GPU.
+            - `"multiworker"`: the workers of `TF_CONFIG`, each with all its GPUs.
+            - `"auto"`: multiworker if `TF_CONFIG` names several workers. Otherwise
+              mirrored if this machine has several GPUs. Otherwise single.
 
     Raises:
         ValueError: there is no such strategy, or `TF_CONFIG` does not fit it.
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy={name!r}: use one of {', '.join(STRATEGIES)}.")
-    workers = num_workers() if name in ("auto", "multiworker") else 0
-    if name == "multiworker" and not workers:
-        raise ValueError(
-            "strategy='multiworker' needs the environment variable TF_CONFIG, with the "
-            "addresses of all workers and the place of this one among them."
-        )
-    if name == "multiworker" or workers > 1:
+    if cluster_of(name).workers:
         return tf.distribute.MultiWorkerMirroredStrategy()
     gpus = tf.config.list_logical_devices("GPU")
     if name == "single" or (name == "auto" and len(gpus) < 2):
@@ -47,48 +40,22 @@ def get_strategy(name):
     return tf.distribute.MirroredStrategy(devices)
 
 
-def num_workers():
-    """Returns how many workers `TF_CONFIG` names; 0 if it is not set.
-
-    Raises:
-        ValueError: it cannot be understood.
-    """
-    text = os.environ.get("TF_CONFIG")
-    if not text:
-        return 0
-    try:
-        config = json.loads(text)
-        cluster, task = config["cluster"], config["task"]
-        addresses, index = cluster[task["type"]], int(task["index"])
-        addresses[index]
-        workers = [a for kind in ("chief", "worker") for a in cluster.get(kind, ())]
-        known = task["type"] in ("chief", "worker") and index >= 0
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise ValueError(
-            f"TF_CONFIG={text!r} does not say which worker this is; give it the form "
-            '{"cluster": {"worker": ["HOST:PORT", ...]}, '
-            '"task": {"type": "worker", "index": 0}}.'
-        )
-    return len(workers)
-
-
 def is_multiworker(strategy):
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def cluster_in(strategy):
+    """Returns the `Cluster` whose workers a strategy trains on."""
+    return cluster_of("multiworker") if is_multiworker(strategy) else Cluster()
+
+
 def is_chief(strategy):
-    """Returns whether this process is the one that writes the run folder."""
-    if not is_multiworker(strategy):
-        return True
-    resolver = strategy.cluster_resolver
-    first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
-    return resolver.task_type == first and resolver.task_id == 0
+    """Returns whether this process writes the run folder."""
+    return cluster_in(strategy).is_chief
 
 
 def on_any_worker(strategy, flag):
-    """Returns whether `flag` is true on one of the workers, which all have to ask."""
+    """Returns whether `flag` is true on one of the workers. All workers have to ask."""
     if not is_multiworker(strategy):
         return flag
     return bool(_sum_over_workers(strategy)(tf.constant(float(flag))) > 0)
@@ -106,9 +73,9 @@ def _sum_over_workers(strategy):
 def averaging(model, strategy):
     """Returns the function that gives all replicas the mean of their statistics.
 
-    In Keras 3.15 the moving statistics of a BatchNorm are those of its replica's own
-    images, and a model is tested and saved with those of one replica. As they are
-    linear in what they are made of, it does not matter how often they are averaged.
+    In Keras 3.15 each replica updates the moving statistics of a BatchNorm by its own
+    images. Keras tests and saves a model with those of one replica. The statistics are
+    linear in the images, so their mean does not depend on the number of averagings.
     """
     variables = [
         variable
@@ -131,9 +98,9 @@ def averaging(model, strategy):
 def trainable(network, strategy):
     """Returns the model to compile and `fit` in the scope of `strategy`.
 
-    It has the layers of `network`, which are built in the scope; to be called outside.
-    Keras draws a batch to build a model that was made in the scope, fails there under
-    several workers, and finds none left in a data set that was read to its end.
+    Call this outside of the scope, with a network whose layers were built in it. Keras
+    draws a batch to build a model that was made in the scope. That fails under several
+    workers, and for a data set that was read to its end.
     """
     cls = _MultiWorkerModel if is_multiworker(strategy) else keras.Model
     return cls(network.inputs, network.outputs, name=network.name)
@@ -143,8 +110,8 @@ class _MultiWorkerModel(keras.Model):
     """A model whose `fit` and `evaluate` run under `MultiWorkerMirroredStrategy`.
 
     Keras 3.15 averages the logs of a step over an axis that they do not have
-    (https://github.com/keras-team/keras/issues/20585). Here they are those of one
-    replica. Those of an epoch, which Keras reads from the metrics, are of all.
+    (https://github.com/keras-team/keras/issues/20585). This model returns the logs of
+    one replica for a step. Keras reads those of an epoch from the metrics of all.
     """
 
     def make_train_function(self, force=False):

@@ -4,17 +4,19 @@ The same command on the folder of an unfinished run goes on from its last checkp
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
 import signal
-import sys
 import types
 import typing
+import uuid
 from pathlib import Path
 
-from training import runs
+from training import runs, signals
+from training.cluster import cluster_of, wait_for_workers
 from training.command import Parser, io_errors, one_of, path
 from training.recipe import CHOICES
 from training.recipe import flags as recipe_flags
@@ -24,27 +26,48 @@ from training.settings import COUNT, check
 
 def main(argv=None):
     parser, name, recipe, args = parse(argv)
+    # It holds the lock of the run folder.
+    with contextlib.ExitStack() as stack:
+        train(parser, name, recipe, args, stack)
+
+
+def train(parser, name, recipe, args, stack):
+    """Trains a recipe, or ends the program with one line that says why not."""
     run_dir = args.run_dir or Path("runs", name)
     description = runs.describe(name, recipe)
-    try:
+
+    def hold():
+        stack.enter_context(runs.locked(run_dir))
+        # Before the lock another process can have changed the folder.
         runs.check_free(run_dir, description)
-        # TensorFlow takes seconds to load; what is wrong above is said at once.
+        if (run_dir / "recipe.json").exists():
+            runs.check_checkpoints(run_dir, recipe.train_steps)
+
+    try:
+        cluster = cluster_of(args.strategy)
+        runs.check_free(run_dir, description)
+        is_new = not (run_dir / "recipe.json").exists()
+        if cluster.is_chief and not is_new:
+            hold()
+        # TensorFlow takes seconds to load. The checks above do not wait for it.
         import keras
         import tensorflow as tf
 
-        from training import data, fit
+        from revnet_tf._files import replacing
+        from training import data, fit, outputs
         from training import strategy as strategies
 
+        wait_for_workers(cluster)
         strategy = strategies.get_strategy(args.strategy)
         multiworker = strategies.is_multiworker(strategy)
         check_replicas(recipe, strategy.num_replicas_in_sync)
         keras.utils.set_random_seed(recipe.seed)
         if recipe.deterministic:
             tf.config.experimental.enable_op_determinism()
-            # TensorFlow's graph optimizer orders sums by what else is in the graph: the
-            # gradients of rebuilt and of stored activations would differ in their last
-            # bits. Without `arithmetic_optimization` alone they do where steps are
-            # large: RevNet-38, 100 images.
+            # The graph optimizer of TensorFlow orders sums by the rest of the graph.
+            # The gradients of reconstructed and of stored activations would differ in
+            # their last bits. To disable `arithmetic_optimization` alone does not
+            # suffice in large steps: RevNet-38, 100 images.
             options = {"disable_meta_optimizer": True}
             tf.config.optimizer.set_experimental_options(options)
         images = data.load(
@@ -58,13 +81,17 @@ def main(argv=None):
             memory = fit.plan_memory(
                 network, recipe, images, strategy, args.memory_budget
             )
-        chief = strategies.is_chief(strategy)
-        if chief:
+        chief = cluster.is_chief
+        if chief and is_new:
             run_dir.mkdir(parents=True, exist_ok=True)
+            hold()
             if not (run_dir / "recipe.json").exists():
-                runs.write_json(run_dir / "recipe.json", description)
+                run = {"run": uuid.uuid4().hex}
+                outputs.write_json(run_dir / "recipe.json", description | run)
     except (ValueError, OSError) as error:
         parser.error(error)
+    except io_errors() as error:
+        parser.fail(1, lost_worker(error) or error)
 
     if chief:
         print(
@@ -86,35 +113,34 @@ def main(argv=None):
         folder = run_dir / "tensorboard"
         callbacks.append(keras.callbacks.TensorBoard(folder, histogram_freq=1))
     if chief and args.monitor:
-        # In front, for the others to find its values in the logs.
+        # The callbacks after it find its values in the logs.
         callbacks.insert(0, fit.Monitor(images, run_dir, args.monitor))
     go_on = f"the same command goes on from the last checkpoint in {run_dir}"
     try:
-        rows = fit.fit(
-            network, recipe, images, run_dir, strategy, args.save_every, callbacks
-        )
-        if chief:
-            serving = fit.serving_model(network, images)
-            with runs.written_whole(run_dir / "model.keras") as part:
-                serving.save(part)
-            finish(run_dir, name, recipe, network, images, rows)
-        # The others wait: a worker that leaves early is taken for one that died.
-        strategies.on_any_worker(strategy, False)
+        with signals.raised_interrupt():
+            rows = fit.fit(
+                network, recipe, images, run_dir, strategy, args.save_every, callbacks
+            )
+            if chief:
+                serving = fit.serving_model(network, images)
+                with replacing(run_dir / "model.keras") as part:
+                    serving.save(part)
+                finish(run_dir, name, recipe, network, images, rows)
+            # The others wait, or the chief would report a worker that died.
+            strategies.on_any_worker(strategy, False)
     except FloatingPointError as error:
         parser.fail(1, error)
     except fit.Preempted as error:
         parser.fail(128 + signal.SIGTERM, f"{error}; {go_on}")
     except io_errors() as error:
-        cause = lost_worker(error) or error
-        if images.corrupt and not args.skip_corrupt:
-            cause = f"{images.corrupt[0]}; --skip-corrupt leaves such images out"
+        cause = lost_worker(error) or data.failure(images) or error
         parser.fail(1, f"{cause}; when that is mended, {go_on}")
     except KeyboardInterrupt:
-        parser.fail(130, f"interrupted; {go_on}")
+        parser.fail(signals.STATUS, f"interrupted; {go_on}")
 
 
 def lost_worker(error):
-    """Returns what became of another worker, where that is the reason of an error."""
+    """Returns a message if the reason of an error is another worker, else `None`."""
     _, found, reason = str(error).partition("Collective ops is aborted by: ")
     if not found:
         return None
@@ -136,10 +162,10 @@ def check_replicas(recipe, replicas):
 
 
 def finish(run_dir, name, recipe, network, images, rows):
-    """Draws, scores and exports a trained run; its result is what was saved."""
-    from training import evaluate, export, fit
+    """Draws the curves of a trained run, scores its saved model and exports it."""
+    from training import evaluate, export, fit, outputs
 
-    runs.draw_curves(run_dir / "curves.png", rows, name)
+    outputs.draw_curves(run_dir / "curves.png", rows, name)
     accuracy, loss = evaluate.score(run_dir, images)
     result = {
         "recipe": name,
@@ -147,15 +173,15 @@ def finish(run_dir, name, recipe, network, images, rows):
         "test_loss": loss,
         "num_parameters": fit.num_parameters(network),
         "steps": recipe.train_steps,
-        "train_seconds": round(sum(float(row["seconds"]) for row in rows), 3),
+        "train_seconds": round(sum(row["seconds"] for row in rows), 3),
         "skipped_images": len(images.corrupt),
         "class_names": images.class_names,
     }
-    # Left by a run that was stopped after it.
+    # A process that ended between the export and the result leaves an export.
     shutil.rmtree(run_dir / "export", ignore_errors=True)
     (run_dir / "export").mkdir()
     export.export(run_dir, run_dir / "export" / "1", result)
-    runs.write_json(run_dir / "result.json", result)
+    outputs.write_json(run_dir / "result.json", result)
     if images.corrupt:
         print(f"\n{len(images.corrupt)} corrupt image(s) left out", end="")
     print(f"""
@@ -318,9 +344,9 @@ def size(text):
 
 
 if __name__ == "__main__":
-    # On a CPU XLA orders operations so that many can run at a time, and with this flag
-    # so that they need little memory. (What the environment says comes last and
-    # prevails. A flag is of the whole process, so this is not in `main`.)
+    # By default XLA orders operations on a CPU so that many can run at a time, and with
+    # this flag so that they need little memory. The flags of the environment come last
+    # and prevail. A flag is for the whole process, so `main` does not set it.
     order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = f"{order} {os.environ.get('XLA_FLAGS', '')}"
-    sys.exit(main())
+    signals.run("python -m training.train", main)

@@ -1,4 +1,6 @@
+import itertools
 import re
+import shutil
 
 import pytest
 import tensorflow as tf
@@ -17,7 +19,7 @@ def checkpoints(tmp_path, variable):
     checkpoints = Checkpoints(tmp_path / "checkpoints", variable=variable)
     for step in (1, 2, 3):
         variable.assign(tf.fill([100], float(step)))
-        checkpoints.save(step)
+        checkpoints.save(step, {"step": step})
     variable.assign(tf.zeros([100]))
     return checkpoints
 
@@ -46,21 +48,30 @@ DATA, INDEX = "variables.data-00000-of-00001", "variables.index"
 def test_two_are_kept_and_the_last_is_restored(checkpoints, variable):
     names = {path.name for path in checkpoints.folder.iterdir()}
     assert names == {"step-2", "step-3"}
-    assert checkpoints.restore() == 3
+    assert checkpoints.restore() == (3, {"step": 3})
     assert set(variable.numpy()) == {3.0}
 
 
 def test_without_any_nothing_is_restored(tmp_path, variable):
-    assert Checkpoints(tmp_path / "none", variable=variable).restore() == 0
+    assert Checkpoints(tmp_path / "none", variable=variable).restore() == (0, {})
 
 
-@pytest.mark.parametrize("file", [DATA, INDEX])
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, remove])
+def no_object(path):
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    "damage, file",
+    [
+        *itertools.product([truncate, flip_a_bit, empty, remove], [DATA, INDEX]),
+        *itertools.product([truncate, empty, no_object], ["record.json"]),
+    ],
+)
 def test_damaged_one_is_passed_over_with_a_line(
-    file, damage, checkpoints, variable, capsys
+    damage, file, checkpoints, variable, capsys
 ):
     damage(checkpoints.folder / "step-3" / file)
-    assert checkpoints.restore() == 2
+    assert checkpoints.restore() == (2, {"step": 2})
     assert set(variable.numpy()) == {2.0}
     err = capsys.readouterr().err
     assert re.fullmatch(r".*step-3 is damaged and passed over: .+\n", err)
@@ -70,9 +81,9 @@ def test_damaged_one_is_replaced_when_its_step_comes_again(checkpoints, variable
     empty(checkpoints.folder / "step-3" / DATA)
     checkpoints.restore()
     variable.assign(tf.fill([100], 5.0))
-    checkpoints.save(3)
+    checkpoints.save(3, {})
     variable.assign(tf.zeros([100]))
-    assert checkpoints.restore() == 3
+    assert checkpoints.restore() == (3, {})
     assert set(variable.numpy()) == {5.0}
 
 
@@ -85,18 +96,40 @@ def test_run_is_not_begun_anew_where_all_are_damaged(checkpoints):
 
 def test_one_that_was_not_written_to_its_end_is_no_checkpoint(checkpoints, variable):
     (checkpoints.folder / "step-3").rename(checkpoints.folder / "part-step-3")
-    assert checkpoints.restore() == 2
+    assert checkpoints.restore() == (2, {"step": 2})
     assert set(variable.numpy()) == {2.0}
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-2"]
 
 
-def test_one_of_other_variables_is_no_damaged_one(checkpoints, tmp_path):
-    other = Checkpoints(checkpoints.folder, other=tf.Variable(0.0))
-    with pytest.raises(AssertionError):
-        other.restore()
+@pytest.mark.parametrize(
+    "objects",
+    [
+        {"other": tf.zeros([100])},
+        {"variable": tf.zeros([99])},
+        {"variable": tf.zeros([100], tf.int32)},
+        {"variable": tf.zeros([100]), "other": tf.zeros([100])},
+    ],
+    ids=["name", "shape", "dtype", "more"],
+)
+def test_one_of_other_variables_is_no_damaged_one(objects, checkpoints):
+    variables = {name: tf.Variable(value) for name, value in objects.items()}
+    with pytest.raises(OSError, match="step-3 holds other variables than the network"):
+        Checkpoints(checkpoints.folder, **variables).restore()
+
+
+def test_one_of_an_older_version_has_no_record(checkpoints, variable):
+    (checkpoints.folder / "step-3" / "record.json").unlink()
+    assert checkpoints.restore() == (3, {})
+    assert set(variable.numpy()) == {3.0}
+
+
+def test_folder_whose_name_is_alike_is_no_checkpoint(checkpoints):
+    for name in ("step-3-copy-4", "step-", "old-step-5"):
+        shutil.copytree(checkpoints.folder / "step-3", checkpoints.folder / name)
+    assert checkpoints.restore() == (3, {"step": 3})
 
 
 def test_worker_that_is_not_the_chief_leaves_the_folder_alone(tmp_path, variable):
     worker = Checkpoints(tmp_path / "checkpoints", is_chief=False, variable=variable)
-    worker.save(1)
+    worker.save(1, {})
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
+import os
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +86,122 @@ def test_corrupt_records_are_left_out_and_counted_where_that_is_asked_for(
     assert [line for line in lines if line.startswith("Skipping")] == [
         f"Skipping {copy / NAME}, record {i}" for i in left_out
     ]
+
+
+def make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def make_link(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def cut_the_first_record(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def put_a_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (Path.unlink, "No such file or directory"),
+        (lambda path: path.write_bytes(b""), "holds no whole record"),
+        (cut_the_first_record, "holds no whole record"),
+        (put_a_pointer, "holds no whole record"),
+        (make_pipe, "is no regular file"),
+        (make_folder, "is no regular file"),
+        (make_link, "Too many levels of symbolic links"),
+    ],
+    ids=["missing", "empty", "cut", "git-lfs", "pipe", "folder", "link"],
+)
+def test_file_that_cannot_be_read_is_named_before_the_reading(
+    copy, damage, problem, skip_corrupt
+):
+    damage(copy / NAME)
+    with pytest.raises(OSError) as error:
+        data.load(CIFAR10, copy, skip_corrupt)
+    folder, name = (copy / NAME).parent, (copy / NAME).name
+    assert str(error.value) == (
+        f"1 of 1 files in {folder} cannot be read: {name} ({problem}); copy or prepare "
+        "the data set again."
+    )
+
+
+def test_five_of_many_missing_files_are_named(tmp_path):
+    paths = [str(tmp_path / f"shard-{i}") for i in range(8)]
+    Path(paths[0]).write_bytes(bytes(16))  # an empty record
+    Path(paths[1]).write_bytes(b"")
+    with pytest.raises(OSError) as error:
+        prepared_data._check_files(tmp_path, paths, [1, 0, *6 * [1]])
+    text = str(error.value)
+    assert text.startswith(f"6 of 8 files in {tmp_path} cannot be read: shard-2 (No ")
+    assert "shard-6" in text and "shard-7" not in text
+
+
+@pytest.mark.parametrize("change", [Path.unlink, make_folder])
+@pytest.mark.parametrize("shuffle_buffer", [0, 8])
+def test_file_that_vanishes_after_the_check_ends_the_reading(
+    copy, change, shuffle_buffer
+):
+    builder = prepared_data.builder("cifar10", copy)
+    skipping = prepared_data.Records(builder, "train", skip_corrupt=True)
+    strict = prepared_data.Records(builder, "train")
+    change(copy / NAME)
+
+    def read(records):
+        encoded = records.encoded(shuffle_buffer, tf.constant(1, tf.int64))
+        return list(records.decoded(encoded, lambda example: (example["id"],)))
+
+    for records in (skipping, strict):
+        with pytest.raises(tf.errors.OpError):
+            read(records)
+        assert str(copy / NAME) in records.failure
+    assert len(skipping.corrupt) == 20
+
+
+def test_data_set_without_any_good_record_ends_the_reading(copy, put_junk):
+    put_junk(copy / NAME, range(20))
+    with pytest.raises(OSError, match=f"{NAME}, record 0: .*Unknown image file"):
+        data.load(CIFAR10, copy, skip_corrupt=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: text.replace("3.0.2", "3.0.1"),
+        lambda text: text.replace('"name"', '"nam"'),
+        lambda text: text.replace('"cifar10"', '"\xff"'),
+    ],
+    ids=["empty", "cut", "list", "other version", "other field", "not utf-8"],
+)
+def test_damaged_description_of_a_data_set_is_named(copy, damage):
+    info = copy / "cifar10" / "3.0.2" / "dataset_info.json"
+    info.write_text(damage(info.read_text()), encoding="latin-1")
+    with pytest.raises(OSError) as error:
+        data.load(CIFAR10, copy)
+    start = f"the dataset_info.json of cifar10/3.0.2 in data_dir={copy} is damaged ("
+    assert str(error.value).startswith(start)
+
+
+def test_data_folder_whose_name_is_not_utf_8_is_refused(copy):
+    folder = copy.with_name("\udcff")
+    copy.rename(folder)
+    with pytest.raises(ValueError, match="udcff' is not UTF-8; rename it"):
+        data.load(CIFAR10, folder)
 
 
 def order(records, seed):

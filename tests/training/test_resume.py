@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from training import runs
+from training import outputs
 
 # Of a run: BatchNorm, dropout and augmentation; epochs of 28 steps, the last of fewer.
 FLAGS = "--flip --decay-steps 100 --save-every 10 --deterministic --train-steps".split()
@@ -38,7 +38,7 @@ class Run:
 
     def outcome(self):
         """Weights, and what the files say, but for times and memory."""
-        rows = runs.read_metrics(self.folder / "metrics.csv")
+        rows = outputs.read_table(self.folder / "metrics.csv")
         result = json.loads((self.folder / "result.json").read_text())
         for row in rows:
             del row["seconds"], row["images_per_second"], row["peak_memory_mib"]

@@ -3,8 +3,8 @@ import json
 import pytest
 import tensorflow as tf
 
-from training import strategy
-from training.strategy import get_strategy
+from training.cluster import Cluster, cluster_of
+from training.strategy import get_strategy, is_multiworker
 
 
 @pytest.mark.skipif(
@@ -41,6 +41,9 @@ def test_several_workers_need_to_be_named(monkeypatch):
         config({"worker": ["a:1", "b:1"]}, type="worker", index=-1),
         config({"worker": ["a:1", "b:1"]}, type="chief", index=0),
         config({"worker": ["a:1"], "ps": ["b:1"]}, type="ps", index=0),
+        config({"worker": "a:1"}, type="worker", index=0),
+        config({"worker": ["a:1", "b"]}, type="worker", index=0),
+        config({"worker": ["a:1", 2]}, type="worker", index=0),
     ],
 )
 @pytest.mark.parametrize("name", ["auto", "multiworker"])
@@ -50,12 +53,25 @@ def test_cluster_in_which_this_process_has_no_place_is_refused(name, text, monke
         get_strategy(name)
 
 
-def test_workers_are_counted_with_their_chief(monkeypatch):
-    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
-    monkeypatch.setenv("TF_CONFIG", config(cluster, type="worker", index=1))
-    assert strategy.num_workers() == 3
+@pytest.mark.parametrize(
+    "kind, index, place", [("chief", 0, 0), ("worker", 0, 1), ("worker", 1, 2)]
+)
+def test_chief_is_the_first_of_the_workers(kind, index, place, monkeypatch):
+    addresses = {"chief": ["a:1"], "worker": ["b:1", "c:1"], "ps": ["d:1"]}
+    monkeypatch.setenv("TF_CONFIG", config(addresses, type=kind, index=index))
+    for name in ("auto", "multiworker"):
+        assert cluster_of(name) == Cluster(("a:1", "b:1", "c:1"), place)
+    assert cluster_of("auto").is_chief == (kind == "chief")
+
+
+@pytest.mark.parametrize("name", ["single", "mirrored"])
+def test_strategy_of_one_process_has_no_other_workers(name, monkeypatch):
+    addresses = {"worker": ["a:1", "b:1"]}
+    monkeypatch.setenv("TF_CONFIG", config(addresses, type="worker", index=1))
+    assert cluster_of(name) == Cluster()
+    assert cluster_of(name).is_chief
 
 
 def test_cluster_of_one_worker_is_trained_as_without(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", config({"worker": ["a:1"]}, type="worker", index=0))
-    assert not strategy.is_multiworker(get_strategy("auto"))
+    assert not is_multiworker(get_strategy("auto"))

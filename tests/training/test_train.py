@@ -1,7 +1,11 @@
+import contextlib
 import csv
 import hashlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training import evaluate, export, fit, train
+from training import evaluate, export, fit, runs, train
 from training.checkpoints import Checkpoints
 from training.recipes import RECIPES
 
@@ -84,10 +88,10 @@ def unfinished_run(tmp_path, monkeypatch):
     run_dir = tmp_path / "unfinished"
     save = Checkpoints.save
 
-    def interrupted_save(checkpoints, step):
+    def interrupted_save(checkpoints, step, record):
         if step == 14:
             raise Interrupted
-        return save(checkpoints, step)
+        return save(checkpoints, step, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", interrupted_save)
@@ -99,6 +103,7 @@ def unfinished_run(tmp_path, monkeypatch):
 
 def test_finished_run_holds_what_it_should(finished_run):
     assert {path.name for path in finished_run.iterdir()} == {
+        "lock",
         "recipe.json",
         "metrics.csv",
         "result.json",
@@ -115,6 +120,7 @@ def test_recipe_file_holds_every_field_as_it_was_resolved_and_versions(finished_
     found = json.loads((finished_run / "recipe.json").read_text())
     versions = found.pop("versions")
     assert found.pop("recipe") == "digits_revnet"
+    assert re.fullmatch("[0-9a-f]{32}", found.pop("run"))
     assert found == {
         "network": {
             "kind": "RevNet",
@@ -153,9 +159,20 @@ def test_steps_are_exact_where_the_last_epoch_is_not_whole(finished_run):
     assert json.loads((finished_run / "result.json").read_text())["steps"] == 17
 
 
-def test_fewer_steps_than_an_epoch_are_exact(tmp_path, unexported):
+def test_fewer_steps_than_an_epoch_are_exact_and_progress(
+    tmp_path, unexported, monkeypatch
+):
+    progress = []
+
+    @contextlib.contextmanager
+    def watched(cluster):
+        yield lambda batch, logs: progress.append(batch)
+
+    monkeypatch.setattr(fit, "watched", watched)
     train.main(command(tmp_path, "--train-steps", "2"))
     assert [row["step"] for row in rows_of(tmp_path)] == ["2"]
+    # Two steps, and two batches of 360 test images.
+    assert progress == [0, 1, 0, 1]
 
 
 def test_result_is_that_of_the_saved_model(finished_run):
@@ -221,8 +238,13 @@ def test_saved_model_of_a_run_has_its_logits_features_and_card(finished_run):
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     unfinished_run, finished_run, unexported, capsys
 ):
+    # A spreadsheet has saved the table. The run does not depend on it.
+    table = unfinished_run / "metrics.csv"
+    table.write_text(table.read_text().replace(",", ";"), encoding="utf-8-sig")
     train.main(command(unfinished_run))
-    assert "Going on from step 7 of 17" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Going on from step 7 of 17" in out
+    assert err.count("metrics-damaged-1.csv\n") == 1
     # The order of sums in convolutions on several threads is not fixed.
     for resumed, straight in zip(
         weights_of(unfinished_run), weights_of(finished_run), strict=True
@@ -334,6 +356,20 @@ def test_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "result.json").exists()
 
 
+def test_worker_lost_before_the_training_is_one_line(tmp_path, capsys, monkeypatch):
+    def lost(*_):
+        message = "Collective ops is aborted by: Socket closed\nMore of it."
+        raise tf.errors.UnavailableError(None, None, message)
+
+    monkeypatch.setattr(fit, "build", lost)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(tmp_path / "run"))
+    assert exit_.value.code == 1
+    err = capsys.readouterr().err
+    assert err.endswith("has ended or cannot be reached: Socket closed\n")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "error, status, hint",
     [
@@ -381,7 +417,8 @@ def test_evaluate_repeats_the_recorded_score(finished_run, capsys):
 
 def test_export_writes_the_next_version_or_to_output(finished_run, tmp_path, capsys):
     output = tmp_path / "elsewhere" / "7"
-    export.main([str(finished_run), "--output", str(output)])
+    with runs.locked(finished_run):  # by an export into the run folder
+        export.main([str(finished_run), "--output", str(output)])
     assert (output / "saved_model.pb").is_file()
     export.main([str(finished_run)])
     second = finished_run / "export" / "2"
@@ -408,6 +445,85 @@ def test_missing_extra_is_one_line(finished_run, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "install revnet-tf[onnx]" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "file, damage, hint",
+    [
+        ("model.keras", Path.unlink, "No such file or directory"),
+        ("model.keras", cut, "File is not a zip file"),
+        ("model.keras", flip_a_bit, "model.weights.h5"),
+        ("model.keras", lambda path: path.write_bytes(b""), "File is not a zip file"),
+        ("result.json", cut, "is damaged: "),
+        ("result.json", lambda path: path.write_text("[]"), "holds no JSON object"),
+        ("result.json", lambda path: path.write_text("{}"), "has no "),
+    ],
+)
+def test_damaged_file_of_a_finished_run_is_named(
+    file, damage, hint, finished_run, tmp_path, capsys
+):
+    for name in ("recipe.json", "result.json", "model.keras"):
+        shutil.copy(finished_run / name, tmp_path)
+    damage(tmp_path / file)
+    for program in (evaluate, export):
+        line = refusal(capsys, program, tmp_path)
+        assert str(tmp_path / file) in line and hint in line
+
+
+def test_file_of_another_program_is_no_model(finished_run, tmp_path, capsys):
+    for name in ("recipe.json", "result.json"):
+        shutil.copy(finished_run / name, tmp_path)
+    shutil.make_archive(tmp_path / "model", "zip", finished_run, "recipe.json")
+    (tmp_path / "model.zip").rename(tmp_path / "model.keras")
+    for program in (evaluate, export):
+        with pytest.raises(SystemExit) as exit_:
+            program.main([str(tmp_path)])
+        assert exit_.value.code == 1
+        err = capsys.readouterr().err
+        assert f"{tmp_path / 'model.keras'} cannot be loaded: " in err
+        assert err.count("\n") == 1
+
+
+def test_export_into_a_folder_in_use_is_refused(finished_run, capsys):
+    with runs.locked(finished_run):
+        line = refusal(capsys, export, finished_run)
+    assert f"{finished_run} is in use by another process" in line
+
+
+@pytest.mark.parametrize("character", "*?[\\")
+def test_path_that_tensorflow_takes_for_a_pattern_is_refused(
+    character, finished_run, tmp_path, capsys
+):
+    path = tmp_path / f"a{character}b" / "c"
+    for program, argv in (
+        (train, ["--run-dir", path]),
+        (export, [finished_run, "--output", path]),
+    ):
+        line = refusal(capsys, program, *argv)
+        assert f"{path} has {character}, with which TensorFlow cannot read" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_path_that_is_not_utf_8_is_refused(finished_run, tmp_path, capsys):
+    path = tmp_path / "\udcff"
+    for program, argv in (
+        (train, ["--run-dir", path]),
+        (evaluate, [path]),
+        (export, [path]),
+        (export, [finished_run, "--format", "onnx", "--output", path]),
+    ):
+        assert "udcff' is not UTF-8" in refusal(capsys, program, *argv)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unfinished_run_is_neither_scored_nor_exported(tmp_path, capsys):
@@ -559,6 +675,26 @@ def test_command_without_arguments_learns_the_digits(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "runs/digits_revnet/result.json").read_text())
     assert result["test_accuracy"] > 0.97
+
+
+def test_interrupt_while_tensorflow_loads_is_one_line(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "training.train", "--run-dir", tmp_path / "run"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "libtensorflow" not in maps.read_text():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    # TensorFlow logs more before.
+    assert err.splitlines()[-1] == "python -m training.train: error: interrupted"
+    assert "Traceback" not in err
 
 
 def test_mistake_in_a_shell_is_one_line_before_tensorflow_is_loaded(tmp_path):

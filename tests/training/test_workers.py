@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from program import NETWORKS
 
-from training import data, runs
+from training import data, outputs
 from training.recipes import RECIPES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -24,7 +24,7 @@ RECIPE = RECIPES["digits_revnet"].replace(flip=True)
 
 
 def rows_of(run_dir):
-    return runs.read_metrics(run_dir / "metrics.csv")
+    return outputs.read_table(run_dir / "metrics.csv")
 
 
 def succeed(processes):
@@ -156,6 +156,23 @@ def test_where_one_worker_dies_the_other_ends_and_the_job_goes_on(
     assert re.search(r"Going on from step [1-9]\d* of 400", chief.stdout)
     rows = rows_of(tmp_path)
     assert [int(row["epoch"]) for row in rows] == list(range(1, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_where_one_worker_hangs_both_end_with_one_line(hangs, run, tmp_path):
+    # The first step, which compiles, takes less.
+    options = {"hang": hangs, "timeout": 30, "network": "plain"}
+    flags = ["--run-dir", tmp_path, "--train-steps", "400"]
+    lines = []
+    for done in run(*flags, workers=2, **options):
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        lines.append(done.stderr.splitlines()[-1])
+    # The first that ends can do so before the time of the other is over.
+    assert any("this worker has waited 30 s for the others" in line for line in lines)
+    ends = "waited 30 s for the others|another worker has ended or cannot be reached"
+    assert all(re.search(ends, line) for line in lines)
 
 
 def test_sigterm_to_one_worker_saves_and_ends_both(start, tmp_path):
