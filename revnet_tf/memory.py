@@ -17,13 +17,24 @@ import math
 import os
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 
 # The result of XLA's compilation has no public reader. (A test notices if this goes.)
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from revnet_tf._executor import num_bytes, simulate, size_of
-from revnet_tf._layer import Observer
+from revnet_tf._layer import Observer, RunLayer
+
+__all__ = [
+    "Memory",
+    "Stage",
+    "estimate",
+    "measure",
+    "plan",
+    "recomputing_layers",
+    "split_large_region",
+]
 
 # An estimate can be some percent too low: a plan leaves this much room.
 PLAN_MARGIN = 1.08
@@ -161,13 +172,13 @@ def plan(model, batch_size, budget_bytes):
     """
     _, _, calls = _traced(model, batch_size)
     layers = list(dict.fromkeys(calls.values()))
-    blocks = [b for layer in layers for b in getattr(layer, "blocks", [layer])]
+    blocks = [block for layer in layers for block, _ in layer.blocks_in_order()]
     if not blocks:
         raise ValueError(f"{model.name} has no reversible layer to plan for.")
-    before = {layer: layer.recompute for layer in [*layers, *blocks]}
+    before = {layer: layer.recompute for layer in recomputing_layers(model)}
 
     def store(num_blocks):
-        for layer in layers:
+        for layer in before:
             layer.recompute = True
         for i, block in enumerate(blocks):
             block.recompute = i < len(blocks) - num_blocks
@@ -201,6 +212,12 @@ def plan(model, batch_size, budget_bytes):
     if getattr(model, "train_function", None):
         model.make_train_function(force=True)
     return model
+
+
+def recomputing_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the layers of a model with an attribute `recompute`, nested ones too."""
+    # `_flatten_layers` finds layers in all attributes; no public method does.
+    return [layer for layer in model._flatten_layers() if isinstance(layer, RunLayer)]
 
 
 def split_large_region():

@@ -114,20 +114,10 @@ def plan_memory(network, recipe, images, strategy, budget_bytes=None):
     batch_size = recipe.global_batch_size // strategy.num_replicas_in_sync
     if budget_bytes is not None:
         memory.plan(twin, batch_size, budget_bytes)
-        layers = zip(_recomputable(network), _recomputable(twin), strict=True)
-        for layer, planned in layers:
+        pair = map(memory.recomputing_layers, (network, twin))
+        for layer, planned in zip(*pair, strict=True):
             layer.recompute = planned.recompute
     return memory.estimate(twin, batch_size)
-
-
-def _recomputable(network):
-    """Returns the layers that can recompute their activations, and their blocks."""
-    return [
-        block
-        for layer in network.layers
-        if hasattr(layer, "recompute")
-        for block in (layer, *getattr(layer, "blocks", []))
-    ]
 
 
 def num_parameters(network):

@@ -116,6 +116,28 @@ def test_gradients_are_those_of_stored_activations_to_the_last_bit(
     assert_same_bits(pair, images(4, 4, 4, 4), mode)
 
 
+NORMS = {
+    "batch": layers.BatchNormalization,
+    "group": lambda: layers.GroupNormalization(2),
+    "layer": layers.LayerNormalization,
+    "none": lambda: layers.Activation("linear"),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_have_the_same_bits_with_every_normalization(norm, mode, same_sums):
+    def branch():
+        conv = layers.Conv2D(4, 3, padding="same", use_bias=False)
+        return keras.Sequential([NORMS[norm](), layers.ReLU(), conv])
+
+    def sequence():
+        blocks = [RevBlock(branch(), branch()) for _ in range(12)]
+        return RevSequence(blocks, fraction_bits=12)
+
+    assert_same_bits(twins(sequence, (None, 8, 8, 8)), images(4, 8, 8, 8), mode)
+
+
 def test_without_fixed_point_numbers_the_gradients_differ(same_sums):
     pair = twins(lambda: RevSequence(blocks(5)), (None, 4, 4, 4))
     with pytest.raises(AssertionError):
@@ -210,7 +232,9 @@ def test_streams_of_too_few_digits_are_refused():
 def test_sequence_gives_its_format_to_blocks_without_one_and_takes_theirs():
     assert RevSequence(blocks(2, fraction_bits=9)).fraction_bits == 9
     sequence = RevSequence(blocks(1, fraction_bits=8) + blocks(1), fraction_bits=8)
-    assert [block.fraction_bits for block in sequence.blocks] == [8, 8]
+    assert sequence.fraction_bits == 8
+    # The blocks themselves stay as they are.
+    assert [block.fraction_bits for block in sequence.blocks] == [8, None]
 
 
 @pytest.mark.parametrize("given", [None, 8, 99])
