@@ -1,8 +1,8 @@
-"""Streams of fixed-point numbers, whose sums can be undone bit for bit.
+"""Streams in fixed point, whose sums can be undone bit for bit.
 
-A multiple of `2**-k` that is smaller than `2**(24 - k)` is a float32 number, and so are
-the sums and differences of such numbers, as long as they stay in that range: nothing is
-rounded, and `(x + y) - y` is `x`. (Float64 has 53 digits where float32 has 24.)
+Float32 represents every multiple of `2**-k` below `2**(24 - k)` exactly. Sums and
+differences of such values are exact, too, as long as they stay in that range: `(x + y)
+- y` equals `x`. Float64 has 53 binary digits where float32 has 24.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from revnet_tf import _xla
 
 
 def validate(fraction_bits, dtype):
-    """Raises `ValueError` unless numbers of `dtype` can have these fraction bits."""
+    """Raises `ValueError` unless streams of `dtype` can have these fraction bits."""
     if dtype not in ("float32", "float64"):
         raise ValueError(
             f"fraction_bits={fraction_bits!r} needs streams in float32 or float64, and "
@@ -27,24 +27,25 @@ def validate(fraction_bits, dtype):
 
 
 def limit(dtype, fraction_bits):
-    """Returns the number below which all numbers of the format have to stay."""
+    """Returns the bound of the range, which is not part of it."""
     return 2.0 ** (np.finfo(dtype).nmant + 1 - fraction_bits)
 
 
 def quantize(x, fraction_bits, elementary=False):
-    """Returns the nearest fixed-point numbers, halves to the even one.
+    """Returns the nearest values in fixed point; a half is rounded to the even one.
 
-    The gradient is that of `x`. Numbers end at twice the range, NaN among them: no sum
-    with a number in range is in range then.
+    The gradient is that of `x`. Values, including NaN, are clipped to twice the range,
+    so a sum with them is detected as out of range.
 
     Args:
-        x: floating-point numbers.
-        fraction_bits: of the result.
-        elementary: get the same bits by operations that other runtimes have, too.
+        x: floating-point tensor.
+        fraction_bits: int, of the result.
+        elementary: bool, whether to compute the same bits with operations that other
+            runtimes have, too.
     """
     if elementary:
         multiple = tf.round(x * 2.0**fraction_bits) * 2.0**-fraction_bits
-        # The difference of a number and its nearest multiple is exact.
+        # The difference of a value and its nearest multiple is exact.
         return x - tf.stop_gradient(x - multiple)
     end = 2 * limit(x.dtype.as_numpy_dtype, fraction_bits)
     return tf.raw_ops.QuantizeAndDequantizeV2(
@@ -58,30 +59,28 @@ def quantize(x, fraction_bits, elementary=False):
 
 
 def convert(x, fraction_bits, elementary=False):
-    """Returns floating-point numbers as fixed-point ones, with their gradient."""
+    """Returns a floating-point tensor in fixed point, with its gradient."""
     return check(quantize(x, fraction_bits, elementary), fraction_bits, elementary)
 
 
 def check(x, fraction_bits, elementary=False):
-    """Returns `x`.
+    """Returns `x`, and raises an error if a value is out of range.
 
-    Where assertions can be left out (under XLA, and by the runtimes that `elementary`
-    is for) it is NaN if a number is out of range.
+    XLA and other runtimes drop assertions. There the result is NaN instead.
 
     Raises:
-        tf.errors.InvalidArgumentError: a number is out of range.
+        tf.errors.InvalidArgumentError: a value is out of range.
     """
     bound = limit(x.dtype.as_numpy_dtype, fraction_bits)
     largest = tf.maximum(tf.reduce_max(x), -tf.reduce_min(x))
-    # (Of no numbers the largest is minus infinity. NaN is not below the bound.)
+    # The maximum of an empty tensor is minus infinity. NaN is not below the bound.
     in_range = largest < bound
     tf.debugging.Assert(
         in_range,
         [
-            f"A stream has left the range of its fixed-point numbers, +-{bound:g} with "
-            f"fraction_bits={fraction_bits}, or is no longer finite. Use fewer "
-            "fraction bits, or normalize the outputs of the branches. Its largest "
-            "number:",
+            f"Expected a stream within +-{bound:g}, the range of "
+            f"fraction_bits={fraction_bits}. Use fewer fraction bits, or normalize the "
+            "outputs of the branches. The largest absolute value:",
             largest,
         ],
     )

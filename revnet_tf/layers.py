@@ -70,30 +70,31 @@ class _ReversibleLayer(PairLayer):
 class RevBlock(_ReversibleLayer):
     """Reversible residual block: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
 
-    Reversible means that the inputs can be computed from the outputs. In training, the
-    block's activations are therefore not stored: the backward pass rebuilds them, for
+    Reversible means that the inputs can be computed from the outputs. The block does
+    not store its activations in training: the backward pass reconstructs them, for
     about the computation of one more forward pass.
 
     Blocks called one after the other (in a functional, sequential or subclassed model)
-    keep as little as one block if the training step is a graph, as in `model.fit`. In
-    eager mode TensorFlow keeps every block's output; a `RevSequence` does not.
+    store as little as one block if the training step is a graph, as in `model.fit`. In
+    eager mode TensorFlow stores the output of every block; in a `RevSequence` it stores
+    the last one only.
 
     Args:
         f: layer that maps the second stream to the shape of the first.
         g: layer that maps the first stream to the shape of the second.
         axis: the axis on which a single input is split. Defaults to `-1`.
-        recompute: if `False`, use ordinary backpropagation (same values, more memory);
-            can be set at any time, and takes effect when the model is traced next.
-            Defaults to `True`.
-        fraction_bits: integer `k`: the streams are fixed-point numbers, multiples of
-            `2**-k` between `-2**(24 - k)` and `2**(24 - k)` (in float64, 53 for 24),
-            and are rebuilt bit for bit. The input and what the branches return are
-            rounded to them, which gradients pass as if it were not there; leaving the
-            range is an error, under XLA NaN. (XLA may also compile a branch in two
-            ways, whose results are rounded to neighbouring multiples.) 10 to 14 suit a
-            network with normalization. Defaults to `None`, floating-point streams.
-        anchor: if `True`, keep the block's inputs, so that what rounding has done to
-            the blocks after it goes no further; can be set at any time, as
+        recompute: bool; `False`: use ordinary backpropagation (same values, more
+            memory). It can be set at any time, and takes effect when the model is
+            traced next. Defaults to `True`.
+        fraction_bits: int `k` or `None`. With `k` the streams are in fixed point:
+            multiples of `2**-k` between `-2**(24 - k)` and `2**(24 - k)` (in float64:
+            53 for 24). They are reconstructed bit for bit. The input and the outputs of
+            the branches are rounded to them; gradients ignore the rounding. A value
+            that leaves the range is an error, under XLA NaN. XLA may compile a branch
+            in two ways and round the results to neighbouring multiples. 10 to 14 suit
+            a network with normalization. Defaults to `None`, floating-point streams.
+        anchor: bool; `True`: store the inputs of the block, so that rounding errors of
+            later blocks do not reach earlier ones. It can be set at any time, as
             `recompute`. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`. The streams have the variable
             dtype of the policy, float32 under `mixed_float16` and `mixed_bfloat16`.
@@ -101,20 +102,21 @@ class RevBlock(_ReversibleLayer):
     Call arguments:
         inputs: tensor `(batch, ..., channels)` with an even size on `axis`, or a pair
             `(x1, x2)`.
-        training: passed to `f` and `g`, in the forward pass and in the recomputation.
-            With `False` nothing is recomputed.
-        mask: of the input, or a pair; found by Keras. Goes to the branch that takes
-            one, and goes on if both branches support masking.
-        **kwargs: for the branches whose `call` names them, with their gradient. (A
-            tensor that a branch finds in another way gets none.)
+        training: bool, passed to `f` and `g`, in the forward pass and in the
+            recomputation. With `False` or `None` nothing is recomputed.
+        mask: mask of the input, or a pair of masks; Keras finds it. Branches that take
+            a mask get it. The output has it if both branches support masking.
+        **kwargs: tensors, also sparse, ragged and nested, and other values for the
+            branches whose `call` names them. Tensors have their gradient. A tensor that
+            a branch finds in another way has none.
 
     Output shape:
         That of the input.
 
     Raises:
-        ValueError: the input cannot be split, or a branch changes the shape of its
-            stream, also by broadcasting; a branch does what the recomputation cannot
-            do again (the message says what).
+        ValueError: the input cannot be split, or is complex; a branch changes the shape
+            of its stream, also by broadcasting; a branch has an effect that cannot be
+            repeated (the message names it).
         TypeError: a keyword argument that no branch names.
         NotImplementedError: for second derivatives and forward-mode derivatives
             through a reconstruction.
@@ -291,12 +293,14 @@ def _common(blocks, name):
 
 @keras.saving.register_keras_serializable("revnet_tf")
 class PoolingShortcut(keras.layers.Layer):
-    """Shortcut without weights: average pooling, and zeros for the channels to come.
+    """Shortcut without weights: average pooling, and zeros for additional channels.
 
     Args:
-        filters: channels of the output, at least those of the input; zeros are added
-            before and after, in equal numbers.
-        strides: size and stride of the pooling window, "valid".
+        filters: int, channels of the output, at least those of the input. The zeros are
+            added before and after the input's channels, in equal numbers.
+        strides: int, size and stride of the pooling window. A window at the end of an
+            odd size averages the pixels that exist, so the output has the size of that
+            of a "same"-padded convolution.
 
     Input shape:
         `(batch, height, width, channels)`.
@@ -337,13 +341,13 @@ class PoolingShortcut(keras.layers.Layer):
 class DownsamplingBlock(PairLayer):
     """First block of a stage: `y1 = s1(x1) + f(x2)`, `y2 = s2(x2) + g(y1)`.
 
-    It changes size or width and so cannot be reversed. In training it keeps its input,
-    which the stage before has to keep anyway, and computes its branches anew.
+    The strided block between stages is not invertible. In training the layer stores its
+    input and recomputes its activations in the backward pass.
 
     Args:
-        f, g: branches; `f` is the strided one.
-        shortcut1, shortcut2: layers that bring `x1` and `x2` to the shape of the
-            branches' outputs.
+        f, g: layers; `f` is the strided branch.
+        shortcut1, shortcut2: layers that map `x1` and `x2` to the shape of the outputs
+            of `f` and `g`.
         axis, recompute, **kwargs: as for `RevBlock`.
 
     Reference:

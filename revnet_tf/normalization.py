@@ -7,7 +7,7 @@ from revnet_tf import _xla
 
 __all__ = ["BatchNormalization"]
 
-# Of the inputs that TensorFlow's fused operation takes.
+# The dtypes that TensorFlow's fused operation takes.
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -15,15 +15,20 @@ _DTYPES = ("float16", "bfloat16", "float32")
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras's layer, with TensorFlow's fused operation for batches of images.
 
-    It computes the same. The gradient of the operations that Keras puts it together
-    from holds five tensors of the size of the input at a time; that of the fused one,
-    for which it is a single operation, its two inputs and its output. Where the fused
-    operation does not fit (synchronized replicas, renormalization, a mask, float64, an
-    axis other than the last of four), the layer does what Keras's does; and under XLA,
-    which makes a difference of two large numbers of the variance.
+    The values are those of `keras.layers.BatchNormalization`. The gradient needs less
+    memory: it holds two inputs and one output of the size of the layer's input, where
+    the gradient of Keras's operations holds five such tensors.
+
+    The layer uses Keras's operations in these cases:
+
+    - synchronized replicas, renormalization, or a mask;
+    - float64;
+    - an input of another rank than 4, or an axis other than the last one;
+    - XLA, which computes the variance of the fused operation as a difference of two
+      large values.
 
     Args:
-        **kwargs: of `keras.layers.BatchNormalization`.
+        **kwargs: arguments of `keras.layers.BatchNormalization`.
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -38,8 +43,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             epsilon=self.epsilon,
             is_training=True,
         )
-        # The operation divides by `count - 1`, and moving statistics are of what was
-        # normalized with. (Of one number the variance may be 0 / 0.)
+        # The operation returns the variance divided by `count - 1`. Moving statistics
+        # follow the variance divided by `count`. For one value it may be 0 / 0.
         count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:-1]), "float32")
         variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
         for moving, new in (
@@ -48,8 +53,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ):
             old = tf.cast(moving, "float32")
             moving.assign(old * self.momentum + new * (1.0 - self.momentum))
-        # Without this, TensorFlow's graph optimizer joins the operation with a ReLU
-        # after it: that keeps a mask, too, whose odd size has the allocator waste more.
+        # Otherwise TensorFlow's graph optimizer fuses the operation with a ReLU after
+        # it, and stores a mask. The allocator wastes memory on its odd size.
         y = tf.ensure_shape(y, inputs.shape)
         return tf.cast(y, self.compute_dtype)
 
