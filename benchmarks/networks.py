@@ -46,28 +46,34 @@ class RematBlock(PlainBlock):
         return keras.remat(lambda x: block.call(x, training=training))(inputs)
 
 
-def branch(filters):
+def branch(filters, norm):
     stack = []
     for _ in range(2):
         stack += [
-            layers.BatchNormalization(),
+            norm(),
             layers.ReLU(),
             layers.Conv2D(filters, 3, padding="same", use_bias=False),
         ]
     return keras.Sequential(stack)
 
 
-def block(kind=RevBlock):
-    return kind(branch(32), branch(32))
+def block(kind=RevBlock, norm=layers.BatchNormalization):
+    return kind(branch(32, norm), branch(32, norm))
 
 
-def chain(network, num_blocks):
-    """Returns a layer: blocks with two streams of 32 channels; see `build`."""
+def chain(network, num_blocks, norm=layers.BatchNormalization):
+    """Returns a layer: blocks with two streams of 32 channels; see `build`.
+
+    Args:
+        norm: makes the normalization layers of the branches.
+    """
     if network in SEQUENCES:
-        blocks = [block() for _ in range(num_blocks)]
+        blocks = [block(norm=norm) for _ in range(num_blocks)]
         blocks[-1].recompute = network != "last_stored"
         return RevSequence(blocks, **SEQUENCES[network])
-    return keras.Sequential([block(RematBlock) for _ in range(num_blocks)])
+    if network == "functional":
+        return keras.Sequential([block(norm=norm) for _ in range(num_blocks)])
+    return keras.Sequential([block(RematBlock, norm) for _ in range(num_blocks)])
 
 
 def build(network, num_blocks, jit_compile=False):

@@ -1,23 +1,26 @@
 """How long a training step takes, against ordinary backpropagation.
 
-    python -m benchmarks.step_time    # step_time.csv; half an hour
+    python -m benchmarks.step_time    # step_time.csv; an hour
 
-A chain of 9 blocks, two streams of 32 channels, 32x32, batch 64: recomputed, all but
-its last block recomputed, with fixed-point streams, under `keras.remat`, with ordinary
-backpropagation, and the forward pass of that alone. The gradient is that for the
-weights and the input, as inside of a network. The ways alternate in one process, there
-and back, and the ratios are those of its medians. Where a process has its memory
-changes them by some percent: the figures are the medians of several fresh processes,
-with the lowest and the highest.
+A chain of 9 blocks, two streams of 32 channels, 32x32, batch 64, in these ways:
 
-Whoever evaluates every branch once more as it is takes the time of ordinary
-backpropagation and that of a forward pass, the last row: less than that is possible
-because the moments that batch normalization needs are not computed once more. The last
-block is differentiated first, and can store its activations: what that takes is in
-memory.csv.
+- one `RevSequence`; the same blocks called one by one; a sequence that stores the last
+  block; one with fixed-point streams;
+- plain blocks under `keras.remat`;
+- ordinary backpropagation; its forward pass alone.
+
+Each is measured with Keras's batch normalization and with that of the library. The
+gradient is that for the weights and the input, as inside of a network. The ways
+alternate in one process, there and back. The ratios are those of its medians to ordinary
+backpropagation. The memory layout of a process changes them by some percent. The
+figures are therefore the medians of several fresh processes, with the lowest and the
+highest.
+
+The lower bound of a recomputation is ordinary backpropagation plus one forward pass.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -26,17 +29,31 @@ from benchmarks import processes
 from benchmarks.provenance import table
 
 NUM_BLOCKS, BATCH_SIZE = 9, 64
-PROCESSES, ROUNDS = 7, 6
+PROCESSES, ROUNDS = 5, 6
 
-WAYS = ("sequence", "last_stored", "fixed_point", "remat", "ordinary", "forward")
+NORMS = ("keras", "revnet_tf")
+WAYS = (
+    "sequence",
+    "functional",
+    "last_stored",
+    "fixed_point",
+    "remat",
+    "ordinary",
+    "forward",
+)
 
 
-def training_step(way, jit_compile):
+def training_step(way, norm, jit_compile):
+    import keras
     import tensorflow as tf
 
     from benchmarks import networks
+    from revnet_tf import normalization
 
-    chain = networks.chain("ordinary" if way == "forward" else way, NUM_BLOCKS)
+    package = keras.layers if norm == "keras" else normalization
+    chain = networks.chain(
+        "ordinary" if way == "forward" else way, NUM_BLOCKS, package.BatchNormalization
+    )
     chain.build((None, 32, 32, 64))
     weights = [v.value for v in chain.trainable_variables]
 
@@ -52,7 +69,7 @@ def training_step(way, jit_compile):
     return step
 
 
-def measure_this_process(mode):
+def measure_this_process(mode, norm):
     """Prints, for each of the ways, the medians of the seconds and the CPU seconds."""
     import numpy as np
     import tensorflow as tf
@@ -60,7 +77,7 @@ def measure_this_process(mode):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCH_SIZE, 32, 32, 64), dtype="float32")
     x = tf.constant(x)
-    steps = [training_step(way, mode != "graph") for way in WAYS]
+    steps = [training_step(way, norm, mode != "graph") for way in WAYS]
     for step in steps:  # traced, compiled and warm before the first clock is read
         step(x)
     seconds, cpu_seconds = [[] for _ in steps], [[] for _ in steps]
@@ -77,16 +94,26 @@ def measure_this_process(mode):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", metavar="MODE", help="measure in this process")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("MODE", "NORM"), help="measure in this process"
+    )
     args = parser.parse_args()
     if args.one:
-        return measure_this_process(args.one)
-    columns = ["mode", "way", "processes", "rounds", "step_seconds", "cpu_seconds"]
+        return measure_this_process(*args.one)
+    columns = [
+        "mode",
+        "norm",
+        "way",
+        "processes",
+        "rounds",
+        "step_seconds",
+        "cpu_seconds",
+    ]
     columns += ["ratio", "lowest_ratio", "highest_ratio", "cpu_ratio"]
     with table("step_time.csv", columns) as add:
-        for mode, flags in processes.MODES.items():
+        for (mode, flags), norm in itertools.product(processes.MODES.items(), NORMS):
             runs = [
-                processes.run("step_time", mode, xla_flags=flags)
+                processes.run("step_time", mode, norm, xla_flags=flags)
                 for _ in range(PROCESSES)
             ]
             for way in WAYS:
@@ -101,7 +128,7 @@ def main():
                     max(ratios),
                     statistics.median(cpu_ratios),
                 ]
-                add(mode, way, PROCESSES, ROUNDS, *(f"{f:.4g}" for f in figures))
+                add(mode, norm, way, PROCESSES, ROUNDS, *(f"{f:.4g}" for f in figures))
 
 
 if __name__ == "__main__":
