@@ -12,9 +12,9 @@ A chain of 9 blocks, two streams of 32 channels, 32x32, batch 64, in these ways:
 Each is measured with Keras's batch normalization and with that of the library. The
 gradient is that for the weights and the input, as inside of a network. The ways
 alternate in one process, there and back. The ratios are those of its medians to
-ordinary backpropagation. The memory layout of a process changes them by some percent. The
-figures are therefore the medians of several fresh processes, with the lowest and the
-highest.
+ordinary backpropagation. The memory layout of a process changes them by some percent.
+The figures are therefore the medians of several fresh processes, with the lowest and
+the highest.
 
 The lower bound of a recomputation is ordinary backpropagation plus one forward pass.
 """

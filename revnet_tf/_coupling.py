@@ -13,8 +13,8 @@ Three rules make this save memory:
 
 - One custom gradient covers the whole run. One for each block would store the outputs
   of every block.
-- The backward pass waits (`_ordering.wait`). Reconstruction depends on no gradient.
-  Otherwise TensorFlow and XLA schedule all reconstructions first and hold all of them.
+- The backward pass waits (`_ordering.wait`). Reconstruction depends on no gradient, so
+  without waiting TensorFlow and XLA reconstruct all blocks first, and hold all of them.
 - A run hands the streams that it reconstructed to the run before it (`Handoff`). Runs
   that are called one after the other then store as little as one.
 
@@ -43,7 +43,7 @@ class Coupling(NamedTuple):
     """A reversible block.
 
     Attributes:
-        f, g: functions of one tensor.
+        f, g: functions (`_functional.Function`) of one tensor.
         fraction_bits: of streams in fixed point, or `None`.
         anchor: whether to store the inputs instead of reconstructing them.
         elementary: as for `_fixed_point.quantize`.
@@ -64,20 +64,18 @@ class Coupling(NamedTuple):
 
     def backward(self, again, stored, outputs, gradients, reconstruct=True):
         (y1, y2), (d1, d2) = outputs, gradients
+        x1, x2 = stored or (None, None)
         (y1,), (gy,), pull = again(self.g, [y1], after=[d1, d2])
-        x2 = stored[1] if stored else subtract(y2, gy, self.fraction_bits)
-        (d2,) = wait([x2], [d2])  # y2 and gy are free before `pull` needs memory
-        d1 += pull([d2])[0]
+        if not stored:
+            x2 = subtract(y2, gy, self.fraction_bits)
+            (d2,) = wait([x2], [d2])  # y2 and gy are free before `pull` needs memory
+        d1 += pull([d2])[0]  # dz1 = dy1 + (dG/dz1)^T dy2, and dwG
         (x2,), (fx,), pull = again(self.f, [x2], after=[d1, d2])
-        if stored:
-            x1 = stored[0]
-        elif reconstruct:
+        if not stored and reconstruct:
             x1 = subtract(y1, fx, self.fraction_bits)
-            (d1,) = wait([x1], [d1])
-        else:
-            x1 = None
-        d2 += pull([d1])[0]
-        return [x1, x2], [d1, d2]
+            (d1,) = wait([x1], [d1])  # the same for y1 and fx
+        d2 += pull([d1])[0]  # dx2 = dy2 + (dF/dx2)^T dz1, and dwF
+        return [x1, x2], [d1, d2]  # dx1 = dz1
 
     def inverse(self, call, y1, y2):
         x2 = subtract(y2, *call(self.g, [y1]), self.fraction_bits)
@@ -187,7 +185,8 @@ class SecondCalls:
         def pull(d_outputs):
             d_inputs, found = pullback(d_outputs, self._d_losses.pop())
             self.gradients = list(map(_sum, self.gradients, found))
-            # The activations are free once these exist: the next step waits for them.
+            # The activations are free once these exist. Layers before the run, which do
+            # not know `last`, wait by the control dependency.
             self.last = [d for d in found if d is not None]
             with tf.control_dependencies(self.last):
                 return [tf.identity(d) for d in d_inputs]
@@ -213,13 +212,13 @@ def vjp(function, weights, state, inputs):
         targets, d_targets = zip(
             *(p for p in pairs if _has_gradient(p[0])), strict=True
         )
-        found = tape.gradient(targets, sources, output_gradients=d_targets)
+        d_sources = tape.gradient(targets, sources, output_gradients=d_targets)
         # The gradient of a lookup is sparse.
-        found = [d if d is None else tf.convert_to_tensor(d) for d in found]
-        d_weights = found[len(found) - len(weights) :]
+        d_sources = [d if d is None else tf.convert_to_tensor(d) for d in d_sources]
+        d_weights = d_sources[len(d_sources) - len(weights) :]
         function.check(d_weights, read)
-        found = iter(found)
-        d_inputs = [next(found) if _has_gradient(x) else None for x in inputs]
+        remaining = iter(d_sources)
+        d_inputs = [next(remaining) if _has_gradient(x) else None for x in inputs]
         return [*map(_or_zeros, d_inputs, inputs)], d_weights
 
     return outputs, pullback
@@ -278,8 +277,9 @@ class Handoff:
 
     Forward: it holds the streams, so that the next run need not split their join.
     Backward, while the gradient is traced: the next run gives back the streams that it
-    reconstructed, and the gradients for them. If it gives nothing (another consumer,
-    another graph), the first run uses the streams that it stored.
+    reconstructed, and the gradients for them. If it gives nothing (no such run on the
+    gradient's path, eager mode, another graph), the first run uses the streams that it
+    stored.
 
     Attributes:
         streams: list of tensors, the last outputs.
@@ -296,7 +296,7 @@ class Handoff:
         self._graph = None
 
     def give_back(self, streams, gradients, joined, last):
-        # In eager mode all outputs are alive anyway.
+        # In eager mode the tape holds all outputs anyway.
         if not tf.executing_eagerly():
             self._graph = tf.compat.v1.get_default_graph()
             self._given = streams, gradients, joined, last
@@ -306,8 +306,9 @@ class Handoff:
         if self._graph is not tf.compat.v1.get_default_graph():
             return self.streams, self.pair.split(joined), []
         streams, gradients, given, last = self._given
+        # Without another consumer a gradient arrives as the same tensor. Splitting the
+        # join is right in any case; it only takes longer.
         if any(a is not b for a, b in zip(given, joined, strict=True)):
-            # Another consumer of the tensors has added its gradient.
             gradients = self.pair.split(joined)
         return streams, gradients, last
 
@@ -341,16 +342,16 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
         NotImplementedError: a second or a forward-mode derivative is taken. It would
             lack the part that comes through the reconstruction.
     """
-    result = order = None
+    result = tie = None
 
     def forward(*arguments):
         nonlocal result
         if tf.executing_eagerly():
-            # Otherwise an outer tape records, and stores, all operations of the run.
+            # Otherwise an outer tape stores all tensors of the run.
             arguments = [tf.stop_gradient(t) for t in arguments]
         inputs_, weights = arguments[: len(inputs)], arguments[len(inputs) :]
         streams = received.streams if received else entry.split(inputs_)
-        with tf.GradientTape() as tape:
+        with tf.GradientTape() as tape:  # shows which variables are read
             streams, new_state, losses, stored = _forward(
                 steps, streams, weights, state
             )
@@ -361,27 +362,24 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
         result = Result(outputs, new_state, flat_losses, handoff)
 
         def backward(*gradients):
-            if order is None:  # `forward` has not returned: a forward-mode derivative
+            if tie is None:  # `forward` has not returned: a forward-mode derivative
                 raise NotImplementedError(_HIGHER_ORDER)
             count = len(outputs)
-            d_outputs, d_order, d_losses = (
-                gradients[:count],
-                gradients[count],
-                tf.nest.pack_sequence_as(losses, gradients[count + 1 :]),
-            )
+            d_outputs, d_tie = gradients[:count], gradients[count]
+            d_losses = tf.nest.pack_sequence_as(losses, gradients[count + 1 :])
             streams, d_streams, last = handoff.take(d_outputs)
             needed = bool(received and received.needed)
             streams, d_streams, d_weights, last = _backward(
                 steps, stored, weights, d_losses, streams, d_streams, last, needed
             )
-            if not _custom_gradient.is_traced_for_saving(d_order):
-                _, *found = _custom_gradient.call(
-                    _first_order_only, order, *d_streams, *d_weights
+            # TensorFlow does not save a custom gradient inside of another one. It
+            # differentiates a loaded gradient in the ordinary way, which is right.
+            if not _custom_gradient.is_traced_for_saving(d_tie):
+                _, *tied = _custom_gradient.call(
+                    _first_order_only, tie, *d_streams, *d_weights
                 )
-                d_streams, d_weights = (
-                    found[: len(d_streams)],
-                    found[len(d_streams) :],
-                )
+                count = len(d_streams)
+                d_streams, d_weights = tied[:count], tied[count:]
             d_inputs = entry.join(d_streams)
             if received:
                 received.give_back(streams, d_streams, d_inputs, last)
@@ -389,11 +387,11 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
 
         return (*outputs, tf.zeros([0]), *flat_losses), backward
 
-    # `order` is empty. It ties the results of `backward` to the arguments of `forward`,
-    # so that a second derivative arrives at `_first_order_only`.
-    found = _custom_gradient.call(forward, *inputs, *weights)
+    # `tie` is empty. The results of `backward` depend on it, so a second derivative for
+    # the arguments arrives at `_first_order_only`.
+    tensors = _custom_gradient.call(forward, *inputs, *weights)
     count = len(result.outputs)
-    outputs, order, losses = found[:count], found[count], found[count + 1 :]
+    outputs, tie, losses = tensors[:count], tensors[count], tensors[count + 1 :]
     return result._replace(outputs=list(outputs), losses=list(losses))
 
 
@@ -429,12 +427,12 @@ def _backward(
         step, (step_stored, inputs) = steps[i], stored[i]
         own = [weights[j] for j in step.weights]
         reconstruct = bool(i > 0 or inputs_needed or step.tell)
-        streams, d_streams, found, last = step.backward(
+        streams, d_streams, d_own, last = step.backward(
             own, step_stored, d_losses[i], last, streams, d_streams, reconstruct
         )
         if step.tell:
             step.tell(inputs, streams)
-        for j, d in zip(step.weights, found, strict=True):
+        for j, d in zip(step.weights, d_own, strict=True):
             d_weights[j] = _sum(d_weights[j], d)
     # Zeros for an unused weight: all replicas must have the same gradients.
     return streams, d_streams, [*map(_or_zeros, d_weights, weights)], last
@@ -464,6 +462,7 @@ def add(x, change, fraction_bits=None, elementary=False):
 def subtract(y, change, fraction_bits=None):
     """Returns the `x` from which `add` computed `y`."""
     if fraction_bits is not None:
+        # Elementary or not, `quantize` returns the same bits.
         change = _fixed_point.quantize(change, fraction_bits)
     return y - change
 
@@ -490,15 +489,15 @@ _HIGHER_ORDER = (
 )
 
 
-def _first_order_only(order, *gradients):
-    def gradient(d_order, *d_gradients):
-        if not _custom_gradient.is_traced_for_saving(d_order):
+def _first_order_only(tie, *gradients):
+    def gradient(d_tie, *d_gradients):
+        if not _custom_gradient.is_traced_for_saving(d_tie):
             raise NotImplementedError(_HIGHER_ORDER)
-        # The loaded function raises when it computes a second derivative.
+        # A loaded training function raises when it computes a second derivative.
         tf.debugging.Assert(False, [_HIGHER_ORDER])
-        return d_order, *d_gradients
+        return d_tie, *d_gradients
 
-    return (tf.identity(order), *gradients), gradient
+    return (tf.identity(tie), *gradients), gradient
 
 
 def _refuse_foreign_variables(variables):

@@ -23,6 +23,8 @@ def wait(done, tensors):
         # when it inlines the function. RevNet-38 then takes 80 MB, not 61.
         with tf.control_dependencies([tf.identity(t) for t in done]):
             return [tf.identity(t) for t in tensors]
+    # XLA does not know that no value exceeds infinity. One value of each tensor is
+    # enough: XLA computes whole tensors.
     flat, begin, end = (tf.constant([i]) for i in (-1, 0, 1))
     first_numbers = [
         tf.cast(tf.strided_slice(tf.reshape(t, flat), begin, end), tf.float32)
