@@ -286,7 +286,8 @@ def test_damaged_file_is_named_in_one_line(text, tmp_path, capsys):
 def test_damaged_file_of_a_finished_run_is_named(main, tmp_path, capsys):
     begun(tmp_path, "[]")
     zipfile.ZipFile(tmp_path / "model.keras", "w").close()
-    (tmp_path / "result.json").write_text('{"test_accuracy": 1, "test_loss": 0, "class_names": []}')
+    result = {"test_accuracy": 1, "test_loss": 0, "class_names": []}
+    (tmp_path / "result.json").write_text(json.dumps(result))
     line = error_line(capsys, main, tmp_path)
     assert f"{tmp_path / 'recipe.json'} is damaged: " in line
 

@@ -1,7 +1,6 @@
 """A run folder as a start of the program finds it."""
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import signal
@@ -17,8 +16,8 @@ from training import data, fit, outputs, runs, train
 from training.checkpoints import Checkpoints
 from training.recipes import RECIPES
 
-RECIPE = dataclasses.replace(
-    RECIPES["digits_revnet"], train_steps=17, decay_steps=(), global_batch_size=200
+RECIPE = RECIPES["digits_revnet"].replace(
+    train_steps=17, decay_steps=(), global_batch_size=200
 )
 # The table is a row ahead of the last checkpoint.
 ROWS = [
