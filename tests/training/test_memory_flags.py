@@ -72,7 +72,9 @@ def test_the_program_has_xla_order_operations_for_memory_if_nobody_says_otherwis
         minimum(tmp_path / "run", XLA_FLAGS=flags)
         for flags in ("", f"{flag}false", f"{flag}true")
     )
-    assert own == for_memory < other
+    # Which order needs less is chance in so small a network; benchmarks/memory.py
+    # measures it. Here it shows which order is in force.
+    assert own == for_memory != other
 
 
 @pytest.mark.parametrize(
