@@ -496,8 +496,8 @@ def test_in_a_graph_promised_blocks_are_traced_once(monkeypatch):
         trace_step(sequence)
         return len(calls)
 
-    # For f and for g: the forward pass, and the backward pass of the last block, of those
-    # between, and of the first, which reconstructs no input.
+    # For f and for g: the forward pass, and the backward pass of the last block, of the
+    # blocks between, and of the first, which reconstructs no input.
     assert traced(3, alike=True) == traced(6, alike=True) == 2 * 4
     # A block without a promise: forward and backward.
     assert traced(6, alike=False) == 2 * 2 * 6
