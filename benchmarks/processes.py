@@ -35,7 +35,13 @@ def python(*arguments, xla_flags=""):
     done = subprocess.run(
         command,
         cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": xla_flags},
+        env={
+            # On every processor: the allocator of some keeps no account without it.
+            "TF_ENABLE_ONEDNN_OPTS": "1",
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "XLA_FLAGS": xla_flags,
+        },
         capture_output=True,
         text=True,
     )

@@ -142,9 +142,9 @@ def measure(model, batch_size):
 
     Raises:
         ValueError: as for `estimate`.
-        RuntimeError: the allocator keeps no account, as on processors for which
-            TensorFlow is built without oneDNN. (With oneDNN, tensors below 256 KiB are
-            not in it: `batch_size` should make them larger.)
+        RuntimeError: the allocator keeps no account. On processors for which TensorFlow
+            does not use oneDNN by default, TF_ENABLE_ONEDNN_OPTS=1 has it keep one.
+            Tensors below 256 KiB are not in it: `batch_size` should make them larger.
     """
     step = _Step(model, batch_size)
     return step.compiled() if step.jit_compile else step.measured()
@@ -400,8 +400,9 @@ def _device():
     except ValueError:
         pass
     raise RuntimeError(
-        f"The allocator of {device} keeps no account of its memory, as TensorFlow's "
-        "for processors without oneDNN (TF_ENABLE_ONEDNN_OPTS=0); use `estimate`."
+        f"The allocator of {device} keeps no account of its memory. Set the environment "
+        "variable TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported, or use "
+        "`estimate`."
     )
 
 
