@@ -400,9 +400,9 @@ def _device():
     except ValueError:
         pass
     raise RuntimeError(
-        f"The allocator of {device} keeps no account of its memory. Set the environment "
-        "variable TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported, or use "
-        "`estimate`."
+        f"The allocator of {device} keeps no account of its memory. Set the "
+        "environment variable TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported, "
+        "or use `estimate`."
     )
 
 
