@@ -129,17 +129,26 @@ def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
     assert max(found) < 1.15
 
 
+VALUES_AROUND_A_MEASUREMENT = """
+import json, keras
+from revnet_tf import RevBlock, memory
+x = keras.Input((4096,))
+branches = [keras.layers.Dropout(0.5), keras.layers.BatchNormalization()]
+model = keras.Model(x, RevBlock(*branches)(x))
+model.compile(keras.optimizers.Adam(0.1), jit_compile=False)
+model.optimizer.build(model.trainable_variables)
+variables = [*model.variables, *model.optimizer.variables]
+before = [v.numpy() for v in variables]
+memory.measure(model, 64)
+changed = [v.path for v, x in zip(variables, before) if (v.numpy() != x).any()]
+print(json.dumps([len(variables), changed]))
+"""
+
+
 def test_measuring_leaves_the_variables_as_they_were():
-    x = keras.Input((4096,))
-    branches = [keras.layers.Dropout(0.5), keras.layers.BatchNormalization()]
-    model = keras.Model(x, RevBlock(*branches)(x))
-    model.compile(keras.optimizers.Adam(0.1), jit_compile=False)
-    model.optimizer.build(model.trainable_variables)
-    variables = [*model.variables, *model.optimizer.variables]
-    before = [v.numpy() for v in variables]
-    memory.measure(model, 64)
-    for v, value in zip(variables, before, strict=True):
-        np.testing.assert_array_equal(v, value, err_msg=v.path)
+    count, changed = processes.python("-c", VALUES_AROUND_A_MEASUREMENT)
+    assert count > 6
+    assert changed == []
 
 
 def test_a_plan_stores_the_last_blocks_as_far_as_the_budget_goes():
