@@ -218,7 +218,7 @@ def read_json(path):
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OSError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise OSError(f"{path} is damaged: it holds no JSON object")

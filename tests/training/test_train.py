@@ -467,6 +467,7 @@ def flip_a_bit(path):
         ("result.json", cut, "is damaged: "),
         ("result.json", lambda path: path.write_text("[]"), "holds no JSON object"),
         ("result.json", lambda path: path.write_text("{}"), "has no "),
+        ("result.json", lambda path: path.write_text("[" * 10**5), "recursion"),
     ],
 )
 def test_damaged_file_of_a_finished_run_is_named(
