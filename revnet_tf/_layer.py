@@ -181,7 +181,7 @@ class RunLayer(keras.layers.Layer):
         values, old_state = _functional.values(weights), _functional.values(state)
         with _functional.repeatable_operations():
             result = _coupling.run(steps, inputs, *ends, values, old_state, received)
-        self._trace_once(layers, steps, ends[0].split(inputs), values, old_state)
+        self._trace_once(layers, steps, inputs, ends[0], values, old_state)
         for variable, old, new in zip(state, old_state, result.state, strict=True):
             if new is not old:
                 variable.assign(new)
@@ -189,12 +189,12 @@ class RunLayer(keras.layers.Layer):
             self.add_loss(loss)
         return result.outputs, result.handoff
 
-    def _trace_once(self, layers, steps, *tensors):
+    def _trace_once(self, layers, steps, inputs, entry, *tensors):
         # Only a graph shows the operations of a branch.
         if not tf.executing_eagerly() or _num_replicas() > 1:
             return
         if not self._traced >= {id(layer) for layer in layers}:
-            _functional.trace(steps, *tensors)
+            _functional.trace(steps, entry.split(inputs), *tensors)
             self._traced.update(id(layer) for layer in layers)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
