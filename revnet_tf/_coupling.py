@@ -232,18 +232,18 @@ class Step(NamedTuple):
         weights, state: the positions of its tensors among those of the run.
         traces: a dict that blocks share which compute the same function of their
             tensors: TensorFlow then traces them once. `None`: the block has no twin.
-        tell: `tell(inputs, reconstructed)`, called in the backward pass with the true
-            inputs, which the run stores for it; or `None`.
+        observe: `observe(inputs, reconstructed)` or `None`. The backward pass calls it
+            with the true inputs, which the run then stores.
     """
 
     block: Coupling | Transition | Recompute
     weights: Sequence[int] = ()
     state: Sequence[int] = ()
     traces: dict | None = None
-    tell: Callable | None = None
+    observe: Callable | None = None
 
     def forward(self, weights, state, inputs):
-        def forward(weights, state, inputs):
+        def evaluate(weights, state, inputs):
             call = FirstCalls(weights, state)
             outputs, stored = self.block.forward(call, *inputs)
             changes = [
@@ -252,18 +252,18 @@ class Step(NamedTuple):
             ]
             return outputs, changes, call.losses, (stored, call.states)
 
-        return self._traced("forward", forward)(weights, state, inputs)
+        return self._traced("forward", evaluate)(weights, state, inputs)
 
     def backward(
         self, weights, stored, d_losses, last, outputs, gradients, reconstruct
     ):
-        def backward(weights, stored, d_losses, last, outputs, gradients):
+        def differentiate(weights, stored, d_losses, last, outputs, gradients):
             stored, states = stored
             again = SecondCalls(weights, states, d_losses, last)
             found = self.block.backward(again, stored, outputs, gradients, reconstruct)
             return *found, again.gradients, again.last
 
-        traced = self._traced(("backward", reconstruct), backward)
+        traced = self._traced(("backward", reconstruct), differentiate)
         return traced(weights, stored, d_losses, last, outputs, gradients)
 
     def _traced(self, key, function):
@@ -322,14 +322,14 @@ class Result(NamedTuple):
     handoff: Handoff
 
 
-def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
+def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
     """Applies blocks in order, and stores only the last outputs for the gradient.
 
     Args:
         steps: list of `Step`.
         inputs: list of tensors. Those in floating point have gradients.
-        entry: the `Pair` that splits the inputs into streams.
-        exit: the `Pair` that joins the streams to outputs.
+        pair_in: the `Pair` that splits the inputs into streams.
+        pair_out: the `Pair` that joins the streams to outputs.
         weights: the tensors to which the blocks have gradients.
         state: the tensors that the blocks read and replace, without gradients.
         received: the `Handoff` of the run whose outputs are `inputs`, or `None`.
@@ -350,15 +350,15 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
             # Otherwise an outer tape stores all tensors of the run.
             arguments = [tf.stop_gradient(t) for t in arguments]
         inputs_, weights = arguments[: len(inputs)], arguments[len(inputs) :]
-        streams = received.streams if received else entry.split(inputs_)
+        streams = received.streams if received else pair_in.split(inputs_)
         with tf.GradientTape() as tape:  # shows which variables are read
             streams, new_state, losses, stored = _forward(
                 steps, streams, weights, state
             )
         _refuse_foreign_variables(tape.watched_variables())
-        outputs, flat_losses = exit.join(streams), tf.nest.flatten(losses)
+        outputs, flat_losses = pair_out.join(streams), tf.nest.flatten(losses)
         needed = not isinstance(steps[-1].block, Recompute)
-        handoff = Handoff(streams, exit, len(outputs), needed)
+        handoff = Handoff(streams, pair_out, len(outputs), needed)
         result = Result(outputs, new_state, flat_losses, handoff)
 
         def backward(*gradients):
@@ -380,7 +380,7 @@ def run(steps, inputs, entry, exit, weights=(), state=(), received=None):
                 )
                 count = len(d_streams)
                 d_streams, d_weights = tied[:count], tied[count:]
-            d_inputs = entry.join(d_streams)
+            d_inputs = pair_in.join(d_streams)
             if received:
                 received.give_back(streams, d_streams, d_inputs, last)
             return [*d_inputs, *d_weights]
@@ -403,7 +403,7 @@ def _forward(steps, streams, weights, state):
     """
     state, losses, stored = list(state), [], []
     for step in steps:
-        inputs = streams if step.tell else None
+        inputs = streams if step.observe else None
         own = [weights[i] for i in step.weights], [state[i] for i in step.state]
         streams, changes, step_losses, step_stored = step.forward(*own, streams)
         for i, new in zip(step.state, changes, strict=True):
@@ -426,12 +426,12 @@ def _backward(
     for i in reversed(range(len(steps))):
         step, (step_stored, inputs) = steps[i], stored[i]
         own = [weights[j] for j in step.weights]
-        reconstruct = bool(i > 0 or inputs_needed or step.tell)
+        reconstruct = bool(i > 0 or inputs_needed or step.observe)
         streams, d_streams, d_own, last = step.backward(
             own, step_stored, d_losses[i], last, streams, d_streams, reconstruct
         )
-        if step.tell:
-            step.tell(inputs, streams)
+        if step.observe:
+            step.observe(inputs, streams)
         for j, d in zip(step.weights, d_own, strict=True):
             d_weights[j] = _sum(d_weights[j], d)
     # Zeros for an unused weight: all replicas must have the same gradients.

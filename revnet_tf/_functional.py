@@ -158,17 +158,17 @@ def steps(blocks):
     """Returns blocks as steps of a run, and the variables of the run.
 
     Args:
-        blocks: list of `(block, variables, traces, tell)`: see `_coupling.Step`.
+        blocks: list of `(block, variables, traces, observe)`: see `_coupling.Step`.
 
     Returns:
         The steps, the weights and the state. The variables of several blocks stand in
         the two lists once.
     """
     weights, state, found = [], [], []
-    for block, variables, traces, tell in blocks:
+    for block, variables, traces, observe in blocks:
         own_weights = _positions(variables.weights, weights)
         own_state = _positions(variables.state, state)
-        found.append(_coupling.Step(block, own_weights, own_state, traces, tell))
+        found.append(_coupling.Step(block, own_weights, own_state, traces, observe))
     return found, weights, state
 
 

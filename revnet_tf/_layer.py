@@ -121,12 +121,12 @@ class RunLayer(keras.layers.Layer):
         self._extra_specs = _restored_specs(config.get("extra", {}))
         super().build_from_config({"input_shape": config["input_shape"]})
 
-    def apply_blocks(self, inputs, arguments, entry, exit):
+    def apply_blocks(self, inputs, arguments, pair_in, pair_out):
         """Returns what the blocks make of a list of tensors, as a list of tensors."""
         if observer := _observer.get():
             observer.called(self)
         store = not arguments.training or bool(observer and observer.store)
-        received = None if store else self._received(inputs, entry)
+        received = None if store else self._received(inputs, pair_in)
         if self.fraction_bits is not None and received is None:
             inputs = [
                 _fixed_point.convert(x, self.fraction_bits, not arguments.training)
@@ -140,7 +140,8 @@ class RunLayer(keras.layers.Layer):
         ]
         handoff = None
         for i, (recompute, layers) in enumerate(runs):
-            ends = entry if i == 0 else Pair(), exit if i == len(runs) - 1 else Pair()
+            first, last = i == 0, i == len(runs) - 1
+            ends = pair_in if first else Pair(), pair_out if last else Pair()
             if recompute:
                 inputs, handoff = self._run(layers, inputs, arguments, ends, received)
             else:
@@ -154,14 +155,14 @@ class RunLayer(keras.layers.Layer):
                 setattr(y, _ORIGIN, _Origin(handoff, i, self.fraction_bits))
         return inputs
 
-    def _received(self, inputs, entry):
+    def _received(self, inputs, pair_in):
         """Returns the handoff of the run that returned `inputs`, or `None`."""
         origins = [getattr(x, _ORIGIN, None) for x in inputs]
         if origins[0] is None or tf.executing_eagerly():
             return None
         handoff, _, fraction_bits = origins[0]
         same = [_Origin(handoff, i, fraction_bits) for i in range(handoff.num_outputs)]
-        if origins != same or handoff.pair != entry:
+        if origins != same or handoff.pair != pair_in:
             return None
         # A run in another format would give back other values.
         if fraction_bits != self.fraction_bits and not self.stores_inputs:
@@ -169,13 +170,13 @@ class RunLayer(keras.layers.Layer):
         return handoff
 
     def _run(self, layers, inputs, arguments, ends, received):
-        tell = getattr(_observer.get(), "reconstructed", None)
+        observe = getattr(_observer.get(), "reconstructed", None)
         blocks = []
         for layer, traces in zip(layers, _shared_traces(layers), strict=True):
             owner = Variables(layer)
             block = layer.block(arguments, owner)
             blocks.append(
-                (block, owner, traces, tell and functools.partial(tell, layer))
+                (block, owner, traces, observe and functools.partial(observe, layer))
             )
         steps, weights, state = _functional.steps(blocks)
         values, old_state = _functional.values(weights), _functional.values(state)
@@ -189,12 +190,12 @@ class RunLayer(keras.layers.Layer):
             self.add_loss(loss)
         return result.outputs, result.handoff
 
-    def _trace_once(self, layers, steps, inputs, entry, *tensors):
+    def _trace_once(self, layers, steps, inputs, pair_in, *tensors):
         # Only a graph shows the operations of a branch.
         if not tf.executing_eagerly() or _num_replicas() > 1:
             return
         if not self._traced >= {id(layer) for layer in layers}:
-            _functional.trace(steps, entry.split(inputs), *tensors)
+            _functional.trace(steps, pair_in.split(inputs), *tensors)
             self._traced.update(id(layer) for layer in layers)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
