@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.provenance import FOLDER, provenance
+from benchmarks.provenance import FOLDER, IMAGES, provenance
 from training import outputs, runs
 from training.recipes import RECIPES
 
@@ -94,7 +94,7 @@ def plot():
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize="small")
-    figure.savefig(FOLDER / "accuracy.png", dpi=120)
+    figure.savefig(IMAGES / "accuracy.png", dpi=120)
 
 
 def main():

@@ -18,7 +18,7 @@ import statistics
 import time
 
 from benchmarks import processes
-from benchmarks.provenance import FOLDER, provenance
+from benchmarks.provenance import FOLDER, IMAGES, provenance
 
 BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
 
@@ -139,7 +139,7 @@ def plot():
     )
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(FOLDER / "budget.png", dpi=120)
+    figure.savefig(IMAGES / "budget.png", dpi=120)
 
 
 def main():

@@ -3,9 +3,14 @@
 import keras
 import tensorflow as tf
 
-from revnet_tf import RevBlock, RevSequence, models
+from revnet_tf import RevBlock, RevSequence, models, normalization
 
 layers = keras.layers
+
+NORMS = {
+    "keras": layers.BatchNormalization,
+    "revnet_tf": normalization.BatchNormalization,
+}
 
 # Chains that are one `RevSequence`, with its options.
 SEQUENCES = {
@@ -76,7 +81,7 @@ def chain(network, num_blocks, norm=layers.BatchNormalization):
     return keras.Sequential([block(RematBlock, norm) for _ in range(num_blocks)])
 
 
-def build(network, num_blocks, jit_compile=False):
+def build(network, num_blocks, jit_compile=False, norm="keras"):
     """Returns a compiled model with two streams of 32 channels, or a RevNet.
 
     Args:
@@ -89,6 +94,8 @@ def build(network, num_blocks, jit_compile=False):
             of the paper's RevNet-110.
         num_blocks: number of blocks; in each of three stages for a RevNet.
         jit_compile: whether to compile the training step with XLA.
+        norm: key of `NORMS`, the batch normalization of a chain. That of a RevNet is
+            the library's.
     """
     if network in REVNETS:
         model = models.RevNet(
@@ -98,15 +105,15 @@ def build(network, num_blocks, jit_compile=False):
             recompute=network == "revnet",
         )
     elif network == "sequential":
-        blocks = [block() for _ in range(num_blocks)]
+        blocks = [block(norm=NORMS[norm]) for _ in range(num_blocks)]
         model = keras.Sequential([keras.Input((32, 32, 64)), *blocks, *head()])
     elif network in CHAINS:
         x = y = keras.Input((32, 32, 64))
         if network == "functional":
             for _ in range(num_blocks):
-                y = block()(y)
+                y = block(norm=NORMS[norm])(y)
         else:
-            y = chain(network, num_blocks)(y)
+            y = chain(network, num_blocks, NORMS[norm])(y)
         for layer in head():
             y = layer(y)
         model = keras.Model(x, y)

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.provenance import FOLDER, provenance
+from benchmarks.provenance import FOLDER, IMAGES, provenance
 from revnet_tf import RevBlock, RevSequence
 from revnet_tf._files import replacing
 from revnet_tf.numerics import ReversibilityMonitor
@@ -47,7 +47,7 @@ WAYS = {
 # The networks of the training. The last is for comparison: how far apart float32 itself
 # drives two trainings that begin within one unit in the last place.
 CURVES = {
-    "rebuilt": "rebuilt activations",
+    "rebuilt": "reconstructed activations",
     "stored": "stored activations",
     "perturbed": "stored, first weights one unit in the last place off",
 }
@@ -226,7 +226,7 @@ def plot():
 
 
 def save(figure, name):
-    with replacing(FOLDER / name) as part:
+    with replacing(IMAGES / name) as part:
         figure.savefig(part, dpi=120)
 
 

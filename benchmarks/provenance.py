@@ -11,6 +11,8 @@ import keras
 import tensorflow as tf
 
 FOLDER = pathlib.Path(__file__).parent
+# Plots, for the README and the guide.
+IMAGES = FOLDER.parent / "docs" / "images"
 
 
 def provenance():

@@ -151,7 +151,7 @@ def test_corrupt_images_are_left_out_and_epochs_keep_their_length(tmp_path, with
 
 @pytest.fixture
 def train(tmp_path, run):
-    """Runs the README's line, for two steps of four images, on two devices."""
+    """Runs the guide's line, for two steps of four images, on two devices."""
 
     def train(data_dir, *flags):
         argv = ["--recipe", "imagenet_revnet104", "--data-dir", data_dir]

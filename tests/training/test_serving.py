@@ -321,11 +321,10 @@ def test_empty_batch_is_refused_over_grpc(grpc_address):
             stub.Predict(request, timeout=60)
 
 
-def readme_blocks(language):
-    """Returns the blocks of the README's section on serving that ask a server."""
-    section = (ROOT / "README.md").read_text().split("\n## Serving\n")[1]
-    section = section.split("\n## ")[0]
-    blocks = section.split(f"```{language}\n")[1:]
+def guide_blocks(language):
+    """Returns the blocks of the guide's page on serving that ask a server."""
+    page = (ROOT / "docs" / "serving.md").read_text()
+    blocks = page.split(f"```{language}\n")[1:]
     return [code for code in (b.split("```")[0] for b in blocks) if "localhost" in code]
 
 
@@ -334,18 +333,18 @@ def at(code, server, grpc_address):
     return code.replace("localhost:8500", grpc_address)
 
 
-def test_python_clients_of_the_readme_are_answered(server, grpc_address, capsys):
-    clients = readme_blocks("python")
+def test_python_clients_of_the_guide_are_answered(server, grpc_address, capsys):
+    clients = guide_blocks("python")
     assert len(clients) == 2
     names = {}
     for code in clients:
-        exec(compile(at(code, server, grpc_address), "README.md", "exec"), names)
+        exec(compile(at(code, server, grpc_address), "serving.md", "exec"), names)
     rest, over_grpc = capsys.readouterr().out.split("\n")[:2]
     assert rest == over_grpc and rest.startswith("['")
 
 
-def test_curl_of_the_readme_is_answered(server, digits, tmp_path):
-    (command,) = [code for code in readme_blocks("sh") if "curl" in code]
+def test_curl_of_the_guide_is_answered(server, digits, tmp_path):
+    (command,) = [code for code in guide_blocks("sh") if "curl" in code]
     assert shutil.which("curl"), "needs curl"
     digit = digits.test_images[0]
     (tmp_path / "digit.png").write_bytes(tf.io.encode_png(digit).numpy())

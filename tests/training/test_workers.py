@@ -18,7 +18,7 @@ from program import NETWORKS
 from training import data, outputs
 from training.recipes import RECIPES
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 THREE_STEPS = "--flip --train-steps 3 --decay-steps 2".split()
 RECIPE = RECIPES["digits_revnet"].replace(flip=True)
 
@@ -207,8 +207,9 @@ def test_two_workers_train_from_one_file_of_tfds(run, prepared, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path)] == ["2", "4"]
 
 
-def test_script_of_ones_own_in_the_readme_trains_on_two_devices(prepared, tmp_path):
-    _, _, rest = README.read_text().partition("<!-- a script of one's own -->\n")
+def test_script_of_ones_own_in_the_guide_trains_on_two_devices(prepared, tmp_path):
+    page = (ROOT / "docs" / "long-runs.md").read_text()
+    _, _, rest = page.partition("<!-- a script of one's own -->\n")
     script = re.match(r"```python\n(.*?)^```", rest, re.M | re.S)[1]
     # The devices of the test, which are no GPUs, and its 20 images.
     devices = """
@@ -227,7 +228,7 @@ tf.config.set_logical_device_configuration(cpu, two)
     done = subprocess.run(
         [sys.executable, "-c", devices + script + check],
         env=os.environ | {"TFDS_DATA_DIR": str(prepared)},
-        cwd=README.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
