@@ -214,9 +214,9 @@ def test_predictions_are_float32_under_a_mixed_policy():
     "arguments, message",
     [
         (dict(num_blocks=(1,), channels=(8, 7)), r"\[7\] cannot be split"),
-        (dict(num_blocks=(1, 1), channels=(8, 8)), "needs 3"),
-        (dict(num_blocks=(1, 0), channels=(8, 8, 8)), "each stage needs a block"),
-        (dict(num_blocks=(), channels=(8,)), "each stage needs a block"),
+        (dict(num_blocks=(1, 1), channels=(8, 8)), "Expected 3 channels"),
+        (dict(num_blocks=(1, 0), channels=(8, 8, 8)), "Each stage needs a block"),
+        (dict(num_blocks=(), channels=(8,)), "Each stage needs a block"),
         (dict(num_blocks=(1,), channels=(8, 8), weights="imagenet"), "weights="),
         (dict(num_blocks=(1,), channels=(8, 8), pooling="mean"), "pooling="),
         (dict(num_blocks=(1,), channels=(8, 8), stem="ImageNet"), "stem="),
