@@ -56,7 +56,8 @@ class Pass:
     def __init__(self, layer, loss: Callable, data: list, stored: bool = False):
         if not layer.built:
             raise ValueError(
-                f"{layer.name} has no weights yet; call or build it first."
+                f"Expected a layer with weights; {layer.name} has none yet. Call or "
+                "build it first."
             )
         self.layer = layer
         self.loss = loss

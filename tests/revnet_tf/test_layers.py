@@ -98,7 +98,7 @@ def test_inverse_in_training_mode_uses_batch_statistics():
 
 
 def test_inverse_before_build_says_what_to_do():
-    with pytest.raises(ValueError, match="call or build it first"):
+    with pytest.raises(ValueError, match="Call or build it first"):
         dense_block().inverse(images(2, 8))
 
 
@@ -134,18 +134,18 @@ def test_axis_that_is_no_integer_is_refused(axis):
 )
 def test_branch_that_changes_the_shape_is_refused(branch, name):
     pair = {"f": layers.Conv2D(4, 1), "g": layers.Conv2D(4, 1), name: branch()}
-    with pytest.raises(ValueError, match=f"change {name} so that"):
+    with pytest.raises(ValueError, match=f"Change {name} so that"):
         RevBlock(**pair).build((None, 8, 8, 8))
 
 
 def test_broadcasting_of_an_unknown_dimension_is_refused():
     pool = layers.GlobalAveragePooling2D(keepdims=True)
-    with pytest.raises(ValueError, match="change f"):
+    with pytest.raises(ValueError, match="Change f"):
         RevBlock(pool, layers.Conv2D(4, 1)).build((None, None, None, 8))
 
 
 def test_branch_must_be_a_layer():
-    with pytest.raises(ValueError, match="g=.*must be a Keras layer"):
+    with pytest.raises(ValueError, match="g must be a Keras layer"):
         RevBlock(layers.Dense(2), tf.tanh)
 
 

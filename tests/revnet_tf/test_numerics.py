@@ -199,7 +199,7 @@ def test_anchors_are_set_on_all_blocks_of_one_name():
 
 
 def test_a_layer_without_weights_yet_is_refused():
-    with pytest.raises(ValueError, match="call or build it first"):
+    with pytest.raises(ValueError, match="Call or build it first"):
         numerics.reconstruction_error(dense_block(), batch()[0])
 
 
