@@ -104,7 +104,7 @@ def test_symbolic_training_is_refused():
     block = dense_block()
     block.build((2, 8))
     call = tf.function(lambda x, training: block(x, training=training))
-    with pytest.raises(ValueError, match="pass a Python bool"):
+    with pytest.raises(ValueError, match="Pass a Python bool"):
         call(images(2, 8), tf.constant(True))
 
 
