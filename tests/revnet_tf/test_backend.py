@@ -28,9 +28,9 @@ def last_line_of_import(program="import revnet_tf", **environment):
 
 def expected(backend):
     return (
-        "ImportError: revnet_tf needs Keras with the backend 'tensorflow', and Keras "
-        f"uses {backend!r}: set the environment variable KERAS_BACKEND=tensorflow "
-        'before Keras is imported, or "backend": "tensorflow" in keras.json.'
+        "ImportError: Expected Keras with the backend 'tensorflow'; Keras uses "
+        f"{backend!r}. Set the environment variable KERAS_BACKEND=tensorflow before "
+        'Keras is imported, or "backend": "tensorflow" in keras.json.'
     )
 
 
