@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 TOLERANCE = 1e-5
-# Of values that are not floating-point, such as the index of the largest value. Where
-# two values are nearly equal, rounding decides such an index.
+# The largest share of differing values that are not floating-point, such as the index
+# of the largest value. Where two values are nearly equal, rounding decides the index.
 MAX_DIFFERING_SHARE = 0.01
 
 

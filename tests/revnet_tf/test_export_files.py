@@ -99,7 +99,7 @@ def test_existing_file_is_refused_and_left_alone(tmp_path, name):
 )
 def test_missing_extra_is_named(tmp_path, monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"install revnet-tf\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"Install revnet-tf\[{extra}\]"):
         WRITERS[name](dense_model(), tmp_path / name)
     assert not os.listdir(tmp_path)
 
