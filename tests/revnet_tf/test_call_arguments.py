@@ -1,4 +1,4 @@
-"""A layer takes what layers of Keras take: `training=None`, sparse arguments, ..."""
+"""Layers take the arguments that Keras layers take, such as `training=None`."""
 
 import json
 
@@ -27,7 +27,7 @@ def downsampling():
 
 @keras.saving.register_keras_serializable("tests")
 class Subclassed(keras.Model):
-    """The commonest subclassed model."""
+    """The most common form of a subclassed model."""
 
     def __init__(self, make=dense_block, **kwargs):
         super().__init__(**kwargs)
@@ -110,7 +110,7 @@ def test_symbolic_training_is_refused():
 
 @keras.saving.register_keras_serializable("tests")
 class GraphConvolution(layers.Layer):
-    """Takes the adjacency matrix of a graph, sparse or dense."""
+    """A branch with the adjacency matrix of a graph, sparse or dense."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
