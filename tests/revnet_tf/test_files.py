@@ -1,4 +1,4 @@
-"""Layers come back from every kind of file with their weights, also from old files."""
+"""Layers load from every kind of file with their weights, also from old files."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""With fixed-point streams the recomputation has the bits of the forward pass."""
+"""With fixed-point streams the recomputation equals the forward pass bit for bit."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ layers = keras.layers
 
 @pytest.fixture
 def same_sums():
-    """TensorFlow's optimizer adds the gradients of ordinary graphs in another order."""
+    """Turns off the graph optimizer, which reorders sums in ordinary graphs."""
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     yield
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
@@ -36,7 +36,7 @@ def blocks(count, **options):
 
 
 def stacked(count, formats, recompute):
-    """Returns a model of blocks whose formats take turns."""
+    """Returns a model of blocks with alternating formats."""
     x = y = keras.Input((4, 4, 4))
     for i in range(count):
         (block,) = blocks(1, fraction_bits=formats[i % len(formats)])
@@ -55,7 +55,7 @@ def assert_same_bits(pair, x, mode):
 
 def test_numbers_become_the_nearest_multiples_of_a_quarter():
     x = tf.constant([0.1, 0.125, 0.13, 0.375, -0.3, 5.0])
-    expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # halves to the even multiple
+    expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # a half rounds to even
     for elementary in (True, False):
         quantized = _fixed_point.quantize(x, 2, elementary)
         np.testing.assert_array_equal(quantized, expected)
@@ -92,7 +92,7 @@ def test_a_change_is_rounded_once_and_taken_back_to_the_last_bit(run):
 
 
 def test_the_graph_optimizer_leaves_the_order_of_the_sums_alone():
-    # Without `same_sums`: as in `model.fit`. Branches that end with a sum of their own.
+    # Without `same_sums`, as in `model.fit`. Each branch ends with a sum of its own.
     def branch():
         x = keras.Input((8, 8, 2))
         y = layers.Conv2D(2, 3, padding="same", use_bias=False)(x)
@@ -205,7 +205,7 @@ def test_leaving_the_range_is_an_error_and_nan_under_xla(
     layer = RevBlock(
         Scale(factor), Scale(factor), fraction_bits=14, recompute=recompute
     )
-    x = np.ones((1, 2), np.float32)  # to 101 and 10,101; the range ends at 1,024
+    x = np.ones((1, 2), np.float32)  # to 101 and 10,101. The range ends at 1,024.
     layer.build((1, 2))
 
     def call():
@@ -233,7 +233,7 @@ def test_sequence_gives_its_format_to_blocks_without_one_and_takes_theirs():
     assert RevSequence(blocks(2, fraction_bits=9)).fraction_bits == 9
     sequence = RevSequence(blocks(1, fraction_bits=8) + blocks(1), fraction_bits=8)
     assert sequence.fraction_bits == 8
-    # The blocks themselves stay as they are.
+    # The sequence does not change the blocks.
     assert [block.fraction_bits for block in sequence.blocks] == [8, None]
 
 
@@ -245,7 +245,7 @@ def test_sequence_refuses_blocks_of_another_format_and_leaves_them_alone(given):
     assert [block.fraction_bits for block in mixed] == [9, None]
 
 
-# In a large graph TensorFlow reorders sums that it leaves alone in a small one.
+# TensorFlow reorders sums in a large graph that it does not reorder in a small one.
 @pytest.mark.parametrize("batch", [4, 8000], ids=["small", "large"])
 def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(
     batch, same_sums

@@ -127,7 +127,7 @@ def test_axis_that_is_no_integer_is_refused(axis):
         lambda: layers.Conv2D(8, 3, padding="same"),
         lambda: layers.Conv2D(4, 3, strides=2, padding="same"),
         lambda: layers.Conv2D(4, 3),
-        lambda: layers.Conv2D(1, 3, padding="same"),  # would be broadcast
+        lambda: layers.Conv2D(1, 3, padding="same"),  # The sum would broadcast it.
         lambda: layers.Flatten(),
     ],
     ids=["wider", "strided", "valid", "one_channel", "flattened"],
@@ -261,7 +261,7 @@ def test_fit_equals_ordinary_backpropagation(kind, jit_compile):
 
 @keras.saving.register_keras_serializable("tests")
 class Scale(layers.Layer):
-    """A registered subclass that builds itself when it is called first."""
+    """A registered subclass that builds itself in its first call."""
 
     def call(self, x):
         return self.w * x
@@ -327,7 +327,7 @@ def test_constructor_arguments_equal_config_keys(cls):
         accepted |= set(inspect.signature(base.__init__).parameters)
     accepted -= {"self", "kwargs", "args"}
     if cls is RevSequence:
-        accepted -= {"axis"}  # that of the blocks
+        accepted -= {"axis"}  # The blocks have it.
     assert set(layer.get_config()) == accepted | {"name", "trainable", "dtype"}
 
 
@@ -340,7 +340,7 @@ def test_tensorflow_checkpoint_holds_every_variable(tmp_path):
     path = tf.train.Checkpoint(model=models[0]).save(str(tmp_path / "checkpoint"))
     tf.train.Checkpoint(model=models[1]).restore(path).assert_consumed()
     for v, w in zip(models[0].variables, models[1].variables, strict=True):
-        if "seed_generator" not in v.path:  # which Keras's own layers hide, too
+        if "seed_generator" not in v.path:  # Keras's layers hide it, too.
             np.testing.assert_array_equal(v.numpy(), w.numpy(), err_msg=v.path)
 
 
@@ -423,7 +423,7 @@ def test_weights_are_visible_once_each_before_any_data():
 
 
 def test_mirrored_replicas_train_like_one_device(two_replicas):
-    # No batch statistics here: two replicas of half the batch do what one device does.
+    # Without batch statistics, two replicas of half the batch equal one device.
     def make():
         x = keras.Input((8,))
         y = RevSequence([dense_block() for _ in range(2)])(x)

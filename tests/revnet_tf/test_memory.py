@@ -1,4 +1,4 @@
-"""What `memory` says of a training step, by the side of hand-worked numbers."""
+"""The figures of `memory` for a training step, compared with values by hand."""
 
 import re
 
@@ -15,7 +15,7 @@ STREAM = BATCH_SIZE * WIDTH * 4  # bytes of one of two streams, 2 MiB
 
 
 def dense_model(num_blocks, **kwargs):
-    """Returns a chain whose branches are one matrix product each."""
+    """Returns a chain of blocks. Each branch is one matrix product."""
 
     def branch():
         return keras.layers.Dense(WIDTH, use_bias=False)
@@ -31,7 +31,7 @@ def kept(model):
 
 def test_a_rebuilt_sequence_keeps_its_two_output_streams_whatever_its_depth():
     for num_blocks in (1, 4):
-        # The dense layer at the end keeps them joined, once more.
+        # The dense layer at the end stores them once more, joined.
         assert kept(dense_model(num_blocks))["body"] == pytest.approx(4 * STREAM, 0.01)
 
 
@@ -39,7 +39,7 @@ def test_stored_blocks_keep_the_input_of_each_branch():
     def body(num_blocks):
         return kept(dense_model(num_blocks, recompute=False))["body"]
 
-    # In each block x2, for f, and y1, for g.
+    # Each block stores x2 for f and y1 for g.
     assert body(5) - body(4) == pytest.approx(2 * STREAM, 0.01)
 
 
@@ -89,7 +89,7 @@ def test_with_xla_the_estimate_is_what_the_compiler_writes_down():
     model = networks.build("sequence", 3, jit_compile=True)
     found = memory.estimate(model, 64)
     inputs = 64 * 32 * 32 * 64 * 4
-    # The step of `fit` has a loss and metrics of its own.
+    # The step of `fit` also has a loss and metrics.
     assert found.activation_bytes + found.gradient_bytes - inputs == pytest.approx(
         xla_temporary_bytes("sequence", 3, 64), 0.02
     )
@@ -123,7 +123,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("mode", processes.MODES)
 def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
-    # While one branch of the first stage is differentiated: `benchmarks.estimate`.
+    # `benchmarks.estimate` defines the lower bound.
     program, flags = MEASURE_OF_THE_LEAST, processes.MODES[mode]
     found = processes.python("-c", program, mode, xla_flags=flags)
     assert max(found) < 1.15

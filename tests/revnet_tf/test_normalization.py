@@ -1,4 +1,4 @@
-"""Batch normalization against Keras's layer."""
+"""Batch normalization, compared with Keras's layer."""
 
 import keras
 import numpy as np

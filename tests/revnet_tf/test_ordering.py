@@ -1,4 +1,4 @@
-"""`order.wait` decides when tensors are there, and nothing about their values."""
+"""`_ordering.wait` orders tensors and does not change their values."""
 
 import numpy as np
 import pytest
