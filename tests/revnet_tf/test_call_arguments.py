@@ -56,7 +56,7 @@ def test_training_none_is_inference_for_every_layer(make, run):
     )
 
 
-def test_training_none_takes_the_mode_of_the_model_that_calls():
+def test_training_none_takes_the_mode_of_the_calling_model():
     modes = []
 
     class Branch(layers.Layer):
@@ -245,7 +245,7 @@ def test_complex_inputs_are_refused(make):
         make()(tf.complex(images(2, 8), images(2, 8)))
 
 
-def test_inverse_of_a_symbolic_tensor_is_refused_with_the_way_out():
+def test_inverse_of_a_symbolic_tensor_is_refused():
     block, x = dense_block(), keras.Input((8,))
     y = block(x)
     with pytest.raises(ValueError, match="in the `call` of a layer of your own"):

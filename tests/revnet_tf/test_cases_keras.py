@@ -491,7 +491,7 @@ def kept_elements(model):
     return sum(kept.values())
 
 
-def test_e15_asking_for_features_keeps_these_only():
+def test_e15_features_as_outputs_store_no_more_than_themselves():
     (features, net), _ = feature_networks()
     extra = kept_elements(features) - kept_elements(net)
     assert extra <= np.prod([2, *features.outputs[0].shape[1:]])

@@ -279,7 +279,7 @@ def test_a09_a_gradient_penalty_is_refused_and_trains_without_recomputation(eage
 
 
 @pytest.mark.parametrize("pfor", [True, False])
-def test_a10_gradients_asked_for_again_are_the_same_and_leave_the_state(pfor):
+def test_a10_repeated_gradients_are_equal_and_change_no_state(pfor):
     # Dropout draws its mask from a state. If a gradient changed it, the next would
     # differ.
     def make():
@@ -422,7 +422,7 @@ def test_b05_resident_memory_is_flat_after_warming_up():
 
 
 @pytest.mark.parametrize("recompute, alive", [(True, 0), (False, 2 * 2 * 4)])
-def test_b06_no_replica_keeps_hidden_tensors(two_replicas, recompute, alive):
+def test_b06_no_replica_stores_hidden_tensors(two_replicas, recompute, alive):
     made, found = [], []
     with two_replicas.scope():
         blocks = [RevBlock(Recorder(made), Recorder(made)) for _ in range(4)]
@@ -490,7 +490,7 @@ def test_b06_a_replica_needs_what_a_single_device_needs():
     assert per_sample(2) < 1.15 * per_sample(1)
 
 
-def test_b08_rebuilt_streams_are_those_of_the_forward_pass():
+def test_b08_reconstructed_streams_equal_those_of_the_forward_pass():
     # Each branch records its input: x2 (f) and y1 (g) of each of ten blocks.
     def branch():
         stack = [Probe(), layers.BatchNormalization(), layers.Dense(4, "tanh")]

@@ -93,7 +93,7 @@ def test_d03_channels_first_norm_and_dense_branches_equal_autodiff():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_d03_channels_first_convolution_does_what_tensorflow_does_with_it(rank):
+def test_d03_channels_first_convolution_works_or_fails_as_the_twin(rank):
     # TensorFlow's build decides whether the kernel exists on a CPU. The block must give
     # the same result, or the same error.
     conv = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}[rank]
@@ -496,7 +496,7 @@ def test_d13_an_empty_batch_gives_zero_gradients(run):
         assert not np.any(gradient)
 
 
-def test_d13_an_empty_batch_through_batch_norm_does_what_keras_does_with_it():
+def test_d13_an_empty_batch_through_batch_norm_gives_the_values_of_the_twin():
     # Keras's layer divides by the number of samples: its statistics become NaN.
     layer, twin = twins(lambda: conv_sequence(dropout=0.0), (None, 6, 6, 8))
     x = images(0, 6, 6, 8)

@@ -266,7 +266,7 @@ def test_c12_a_model_trained_on_two_replicas_is_saved_like_the_twin(
     assert_close(*[[y] for y in predictions], rtol=1e-4, atol=1e-5)
 
 
-def test_c13_a_frozen_block_stands_still_until_it_is_thawed():
+def test_c13_a_frozen_block_does_not_change_until_it_is_trainable():
     data = images(24, 8), images(24, 1, seed=1)
     results = []
     for recompute in (True, False):

@@ -368,7 +368,7 @@ def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
         assert any(again[following] in ancestors(op) for op in sums)
 
 
-def test_an_input_that_no_one_goes_on_with_is_not_rebuilt():
+def test_unused_input_is_not_reconstructed():
     # The matrix products of linear branches: two for the gradients of each, and one to
     # reconstruct each stream except the first stream of the first block.
     sequence = RevSequence(
@@ -414,7 +414,7 @@ def test_stacked_blocks_do_not_read_their_own_outputs_again():
     assert len(kept(lambda x: blocks[1](1.0 * blocks[0](x, training=True)))) == 4
 
 
-def test_blocks_with_another_consumer_between_them_are_still_right(run):
+def test_blocks_with_another_consumer_between_them_have_right_gradients(run):
     def make():
         return [
             RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")) for _ in "ab"
@@ -515,9 +515,7 @@ def drifting_sequence(anchors):
 @pytest.mark.parametrize(
     "anchors, right", [(range(10), True), (range(0, 10, 2), True), ((), False)]
 )
-def test_anchors_keep_gradients_right_where_streams_cannot_be_rebuilt(
-    run, anchors, right
-):
+def test_anchors_make_gradients_right_where_reconstruction_fails(run, anchors, right):
     pair = twins(lambda: drifting_sequence(anchors), (None, 8))
     x = images(16, 8)
 

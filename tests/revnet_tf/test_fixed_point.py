@@ -53,7 +53,7 @@ def assert_same_bits(pair, x, mode):
         np.testing.assert_array_equal(a, b)
 
 
-def test_numbers_become_the_nearest_multiples_of_a_quarter():
+def test_values_become_the_nearest_multiples_of_a_quarter():
     x = tf.constant([0.1, 0.125, 0.13, 0.375, -0.3, 5.0])
     expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # a half rounds to even
     for elementary in (True, False):
@@ -138,7 +138,7 @@ def test_gradients_have_the_same_bits_with_every_normalization(norm, mode, same_
     assert_same_bits(twins(sequence, (None, 8, 8, 8)), images(4, 8, 8, 8), mode)
 
 
-def test_without_fixed_point_numbers_the_gradients_differ(same_sums):
+def test_without_fixed_point_streams_the_gradients_differ(same_sums):
     pair = twins(lambda: RevSequence(blocks(5)), (None, 4, 4, 4))
     with pytest.raises(AssertionError):
         assert_same_bits(pair, images(4, 4, 4, 4), "eager")
@@ -267,7 +267,7 @@ def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-def test_a_thousand_blocks_are_rebuilt_without_an_error(policy):
+def test_a_thousand_blocks_are_reconstructed_without_an_error(policy):
     keras.config.set_dtype_policy(policy)
     x = keras.Input((4, 4, 4))
     model = keras.Model(x, RevSequence(blocks(1000), fraction_bits=14)(x))

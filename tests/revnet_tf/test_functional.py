@@ -168,7 +168,7 @@ def test_state_that_cannot_leave_a_control_flow_graph_is_refused():
 
 
 @pytest.mark.parametrize("step", [DownsamplingBlock, RevSequence])
-def test_every_layer_refuses_what_a_block_refuses(step):
+def test_every_layer_refuses_the_branches_that_a_block_refuses(step):
     if step is RevSequence:
         layer = RevSequence([RevBlock(layers.Dense(4), TensorFlowRandom())])
     else:
@@ -312,7 +312,7 @@ def test_argument_that_no_branch_names_is_refused():
         block(images(2, 8), condition=images(2, 4), conditions=images(2, 4))
 
 
-def test_branch_that_needs_more_than_a_stream_says_so():
+def test_branch_that_needs_more_than_a_stream_is_refused():
     block = RevBlock(Conditioned(), layers.Dense(4))
     with pytest.raises(TypeError, match="cannot be called on one stream"):
         block(images(2, 8))
@@ -612,7 +612,7 @@ def test_gradients_through_batch_normalization_are_those_of_autodiff(run, option
     assert [(type(v), sorted(vars(v))) for v in pair[0].blocks[0].f.layers] == before
 
 
-def test_a_layer_that_was_set_free_again_in_a_frozen_branch_gets_its_gradient():
+def test_trainable_layer_in_a_frozen_branch_gets_its_gradient():
     gradients = []
     for layer in twins(lambda: conv_sequence(2), (None, 3, 3, 8)):
         for block in layer.blocks:
@@ -623,7 +623,7 @@ def test_a_layer_that_was_set_free_again_in_a_frozen_branch_gets_its_gradient():
     assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_what_happens_elsewhere_in_the_graph_is_not_held_against_a_branch():
+def test_random_operations_elsewhere_in_the_graph_are_not_refused():
     @tf.function
     def augment(x):
         return x + tf.random.normal(tf.shape(x))

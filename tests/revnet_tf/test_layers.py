@@ -149,7 +149,7 @@ def test_branch_must_be_a_layer():
         RevBlock(layers.Dense(2), tf.tanh)
 
 
-def test_sequence_refuses_what_it_cannot_apply():
+def test_sequence_refuses_blocks_that_it_cannot_apply():
     with pytest.raises(ValueError, match="empty"):
         RevSequence([])
     with pytest.raises(ValueError, match="differ in axis"):

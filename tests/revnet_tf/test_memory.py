@@ -29,13 +29,13 @@ def kept(model):
     return {s.name: s.kept_bytes for s in memory.estimate(model, BATCH_SIZE).stages}
 
 
-def test_a_rebuilt_sequence_keeps_its_two_output_streams_whatever_its_depth():
+def test_a_sequence_of_any_depth_stores_its_two_output_streams():
     for num_blocks in (1, 4):
         # The dense layer at the end stores them once more, joined.
         assert kept(dense_model(num_blocks))["body"] == pytest.approx(4 * STREAM, 0.01)
 
 
-def test_stored_blocks_keep_the_input_of_each_branch():
+def test_blocks_without_recomputation_store_the_input_of_each_branch():
     def body(num_blocks):
         return kept(dense_model(num_blocks, recompute=False))["body"]
 
@@ -85,7 +85,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measurement(network):
     assert estimated == pytest.approx(measured, 0.1)
 
 
-def test_with_xla_the_estimate_is_what_the_compiler_writes_down():
+def test_with_xla_the_estimate_is_the_buffer_that_the_compiler_assigns():
     model = networks.build("sequence", 3, jit_compile=True)
     found = memory.estimate(model, 64)
     inputs = 64 * 32 * 32 * 64 * 4
@@ -122,7 +122,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("mode", processes.MODES)
-def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
+def test_a_revnet_needs_little_more_than_the_lower_bound(mode):
     # `benchmarks.estimate` defines the lower bound.
     program, flags = MEASURE_OF_THE_LEAST, processes.MODES[mode]
     found = processes.python("-c", program, mode, xla_flags=flags)
@@ -188,7 +188,7 @@ def test_a_budget_below_the_minimum_names_it_and_the_largest_batch_that_fits():
     assert [b.recompute for b in model.get_layer("body").blocks] == [True, False, True]
 
 
-def test_a_budget_for_nothing_at_all_says_so():
+def test_a_budget_below_a_batch_of_one_is_refused():
     with pytest.raises(ValueError, match="not even a batch of 1 fits"):
         memory.plan(dense_model(1), 4, 100)
 
@@ -204,7 +204,7 @@ def test_a_plan_takes_effect_in_a_model_that_has_been_trained():
     model.train_on_batch(x, y)
 
 
-def test_what_cannot_be_estimated_is_refused():
+def test_models_that_cannot_be_estimated_are_refused():
     with pytest.raises(ValueError, match="no reversible layer"):
         memory.plan(models.ResNet((1,), (4, 4)), 2, 10**9)
     with pytest.raises(ValueError, match="input_shape"):

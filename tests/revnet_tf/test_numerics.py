@@ -101,13 +101,13 @@ def test_stacked_blocks_drift_together_but_not_in_eager_mode(mode):
     assert (first.relative < 3 * last.relative) == (mode == "eager")
 
 
-def test_fixed_point_streams_are_rebuilt_without_an_error():
+def test_fixed_point_streams_are_reconstructed_without_an_error():
     model = model_of([dense_block(fraction_bits=14) for _ in range(5)])
     errors = numerics.reconstruction_error(model, batch()[0])
     assert list(errors.values()) == [(0.0, 0.0)] * 5
 
 
-def test_blocks_that_are_not_rebuilt_are_not_reported():
+def test_blocks_without_recomputation_are_not_reported():
     blocks = [dense_block(recompute=i != 1) for i in range(3)]
     errors = numerics.reconstruction_error(model_of(blocks), batch()[0])
     assert list(errors) == [blocks[0].path, blocks[2].path]
@@ -266,7 +266,7 @@ def drifting_model(depth, mode):
 @pytest.mark.parametrize(
     "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)]
 )
-def test_drift_is_reported_with_the_block_and_anchors_bring_it_back(mode):
+def test_drift_is_reported_with_the_block_and_anchors_bound_it(mode):
     model = drifting_model(100, mode)
     blocks = model.layers[1].blocks
     monitor = numerics.ReversibilityMonitor(*batch(), every_steps=2, anchor=True)
@@ -472,7 +472,7 @@ def test_mirrored_replicas_are_watched_like_one_device(two_replicas):
             assert mirrored[name] == pytest.approx(single[name], rel=tolerance)
 
 
-def test_what_cannot_be_watched_is_refused_before_training():
+def test_monitor_refuses_models_that_it_cannot_watch_before_training():
     with pytest.raises(ValueError, match="every_steps=0"):
         numerics.ReversibilityMonitor(*batch(), every_steps=0)
     model = model_of([dense_block(recompute=False)])
