@@ -1,7 +1,8 @@
 """A simulation of the memory that TensorFlow's executor needs to run a function.
 
-The simulation computes no values. It visits the operations of a graph of known shapes
-in an order in which the executor can run them, and counts the bytes that are alive.
+The simulation computes no values. It visits the operations of a graph in an order in
+which the executor can run them. All shapes are known, so it counts the bytes that are
+alive.
 """
 
 import collections

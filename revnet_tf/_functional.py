@@ -69,8 +69,9 @@ class CallArguments(NamedTuple):
             return pair.split([tf.cast(y, x.dtype)])
 
         if owner is None:
-            # The identities fix the order of a sum, as in the recomputation: first the
-            # gradients of the branch for its input, then that of the other stream.
+            # The identities give a sum the same order as in the recomputation. First
+            # come the gradients of the branch for its input, then that of the other
+            # stream.
             return lambda inputs: call(*map(tf.identity, inputs), **arguments)
         return owner.function(layer.name, call, arguments)
 

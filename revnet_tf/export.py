@@ -56,8 +56,8 @@ def export_saved_model(
     class names and versions. TensorFlow Serving warms up with a request for each
     signature, which is in the folder, too.
 
-    The folder appears under its name after its check. A process of its own loads it and
-    compares its answers with those of the model, on a CPU, for batches of 1, 7 and 32.
+    The folder appears under its name after its check. A process of its own loads it on
+    a CPU and compares its answers with those of the model, for batches of 1, 7 and 32.
     The answers may differ by 1e-5 of the largest value.
 
     Args:

@@ -112,10 +112,10 @@ class ReversibilityMonitor(keras.callbacks.Callback):
     The monitor measures both on one batch, before the first step and then after every
     `every_steps` steps. It does not change the result of the training.
 
-    A measurement computes as much as 2 training steps with as many samples: 2.05 in CPU
-    time, or 7 evaluations of the branches instead of 4. One measurement every 100 steps
-    adds 2 %. It needs the memory of ordinary backpropagation for its batch, which can
-    be small.
+    A measurement costs the CPU time of 2.05 training steps with as many samples. It has
+    7 evaluations of the branches, a step has 4. One measurement every 100 steps adds
+    2 %. It needs the memory of ordinary backpropagation for its batch, which can be
+    small.
 
     The monitor writes the largest values of an epoch to its logs: the
     `reconstruction_error` (relative, of the worst block) and the `gradient_angle`
@@ -236,8 +236,8 @@ class ReversibilityMonitor(keras.callbacks.Callback):
             return
         found = (
             f"After step {row['step']}, the reconstructed inputs of {block} differ by "
-            f"{error:.2g} of their norm (max_error={self.max_error:g}), and the "
-            f"gradient by {angle.overall:.2g} degrees from that of stored activations "
+            f"{error:.2g} of their norm (max_error={self.max_error:g}). The gradient "
+            f"differs by {angle.overall:.2g} degrees from that of stored activations "
             f"(max_angle={self.max_angle:g}). "
         )
         if self.anchor and not all(b.anchor for b in self._probe.blocks.values()):

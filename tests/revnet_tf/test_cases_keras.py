@@ -232,8 +232,8 @@ def test_e05_a_clone_shares_what_the_layer_shares():
 
 
 def test_e06_norm_of_a_shared_branch_advances_once_for_each_use():
-    # By hand: momentum 0.5 from 0 towards the batch means 1 (block 1) and 3 (block 2,
-    # whose second stream is 1 + g = 1 + 2) gives 0.5 and then 0.5 * 0.5 + 1.5.
+    # By hand: the batch means are 1 in block 1, and 3 in block 2, whose second stream
+    # is 1 + g = 1 + 2. Momentum 0.5 from 0 gives 0.5 and then 0.5 * 0.5 + 1.5.
     norm = layers.BatchNormalization(momentum=0.5, beta_initializer="zeros")
     add_two = layers.Dense(2, kernel_initializer="zeros", bias_initializer=two)
     sequence = RevSequence([RevBlock(norm, add_two) for _ in "ab"])

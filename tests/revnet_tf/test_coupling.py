@@ -350,8 +350,8 @@ class Scaled(layers.Layer):
 
 def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
     # Every branch has an operation of its own type. Before its second evaluation, the
-    # backward pass must compute two values of the following branch: its derivative, and
-    # the gradient for its weight, a sum over the batch.
+    # backward pass must compute two values of the following branch. They are its
+    # derivative, and the gradient for its weight, a sum over the batch.
     kinds = ["Erf", "Lgamma", "Atan", "Asinh"]
     operations = [tf.math.erf, tf.math.lgamma, tf.atan, tf.asinh]
     derivative = {"Lgamma": "Digamma", "Atan": "Reciprocal", "Asinh": "Cosh"}
@@ -369,8 +369,8 @@ def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
 
 
 def test_unused_input_is_not_reconstructed():
-    # The matrix products of linear branches: two for the gradients of each, and one to
-    # reconstruct each stream except the first stream of the first block.
+    # A linear branch has two matrix products for its gradients. One more reconstructs
+    # a stream, except for the first stream of the first block.
     sequence = RevSequence(
         [RevBlock(layers.Dense(4), layers.Dense(4)) for _ in range(2)]
     )
