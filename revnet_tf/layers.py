@@ -95,10 +95,10 @@ class RevBlock(_ReversibleLayer):
             multiples of `2**-k` between `-2**(24 - k)` and `2**(24 - k)`, in float64
             with 53 for 24. The backward pass reconstructs them bit for bit. The block
             rounds its input and the outputs of the branches; gradients ignore the
-            rounding. A value out of the range raises an error, and becomes NaN under
-            XLA. XLA may compile a branch in two ways and round the results to
-            neighbouring multiples. Values from 10 to 14 suit a network with
-            normalization. Defaults to `None`, floating-point streams.
+            rounding. A value out of the range raises an error; under XLA the result
+            is NaN. XLA may compile a branch in two ways and round the results to
+            neighbouring multiples. For a network with normalization, use 10 to 14.
+            Defaults to `None`, floating-point streams.
         anchor: bool; `True`: store the inputs of the block. Rounding errors of later
             blocks then do not reach earlier ones. The attribute can be set at any
             time, as `recompute`. Defaults to `False`.
@@ -125,7 +125,7 @@ class RevBlock(_ReversibleLayer):
         ValueError: the input cannot be split, or is complex. Or a branch changes the
             shape of its stream, also by broadcasting. Or a branch has an effect that
             cannot be repeated; the message names it.
-        TypeError: no branch names a keyword argument.
+        TypeError: the call has a keyword argument that no branch names.
         NotImplementedError: a second or a forward-mode derivative is taken through a
             reconstruction.
 

@@ -168,8 +168,8 @@ def plan(model, batch_size, budget_bytes):
 
     The last blocks store their activations, as many as fit into the budget by
     `estimate` and a margin. The other blocks recompute them. The backward pass frees
-    the activations of the last blocks first. They therefore add nothing to its peak in
-    the blocks before.
+    the activations of the last blocks before it reaches the others. Stored activations
+    of other blocks would add to the peak for longer.
 
     Args:
         model: model as for `estimate`. The plan sets `recompute` on all its reversible
