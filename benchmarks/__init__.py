@@ -1,1 +1,1 @@
-"""A script for each question; each writes a CSV file, and a plot drawn from it."""
+"""One script for each question. It writes a CSV file and draws a plot from it."""

@@ -1,13 +1,13 @@
-"""The error that networks reach, over several seeds, and how they get there.
+"""The error of trained networks over several seeds, and its course over the epochs.
 
     python -m benchmarks.accuracy             # the short CIFAR-10 recipes; 5 hours
     python -m benchmarks.accuracy --recipes cifar10_revnet110 --seeds 0 1 2
     python -m benchmarks.accuracy --plot      # accuracy.png again, from the CSV files
 
-Every run is a `python -m training.train` of its own, one after the other. The same
-command goes on where it was stopped: a run that has its row is not done again, an
-unfinished one continues from its last checkpoint. A row a run goes to accuracy.csv, a
-row an epoch to accuracy_epochs.csv.
+The script starts `python -m training.train` for one run after the other. The same
+command continues after an interruption: it skips runs that have a row, and resumes an
+unfinished run from its last checkpoint. accuracy.csv has one row for each run,
+accuracy_epochs.csv one row for each epoch.
 """
 
 import argparse
@@ -24,14 +24,14 @@ SHORT = ("cifar10_revnet38_short", "cifar10_resnet32_short")
 
 
 def wanted(recipes, seeds, stored):
-    """Returns the runs, `(recipe, recompute, seed)`, a seed of all before the next."""
+    """Returns the runs, `(recipe, recompute, seed)`, in the order of their seeds."""
     pairs = [(name, True) for name in recipes]
     pairs += [(name, False) for name in stored]
     return [(*pair, seed) for seed in seeds for pair in pairs]
 
 
 def train(run, run_dir, data_dir):
-    """Trains to the end, where that is not done yet, and writes down what came out."""
+    """Trains an unfinished run to its end, and writes its rows."""
     recipe, recompute, seed = run
     if not (run_dir / "result.json").exists():
         command = [sys.executable, "-m", "training.train", "--recipe", recipe]
@@ -64,7 +64,7 @@ def write(name, run, rows):
 
 
 def plot():
-    """Draws test error and training loss over the steps: mean and range over seeds."""
+    """Draws the mean and range over seeds of test error and training loss by step."""
     from matplotlib.figure import Figure
 
     curves = {}
@@ -105,13 +105,16 @@ def main():
         nargs="*",
         default=SHORT[:1],
         choices=RECIPES,
-        help="recipes to run with stored activations, too",
+        help="recipes to run also with stored activations",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument(
-        "--run-dir", type=Path, default=Path("runs", "accuracy"), help="of all runs"
+        "--run-dir",
+        type=Path,
+        default=Path("runs", "accuracy"),
+        help="folder of all runs",
     )
-    parser.add_argument("--data-dir", type=Path, help="as of training.train")
+    parser.add_argument("--data-dir", type=Path, help="folder of TFDS data sets")
     parser.add_argument("--plot", action="store_true", help="only draw the plot")
     args = parser.parse_args()
     if not args.plot:

@@ -1,13 +1,14 @@
-"""What a budget of memory buys in time.
+"""The time of a training step within a budget of memory.
 
     python -m benchmarks.budget          # budget.csv and budget.png; 15 minutes
     python -m benchmarks.budget --plot   # budget.png again, from budget.csv
 
-`revnet_tf.memory.plan` of RevNet-38 at batch 100, in graph mode, for ten budgets from
-what is needed when everything is recomputed to what ordinary backpropagation takes. The
-peak of each plan is measured in a fresh process; the steps of all plans alternate in
-one process, and the figures are the ratios of the medians to ordinary backpropagation.
-Beside them stands the same network with each block under `keras.remat`.
+`revnet_tf.memory.plan` plans RevNet-38 with batches of 100, in graph mode, for ten
+budgets. The smallest one suffices if all blocks recompute, the largest one suffices for
+ordinary backpropagation. A fresh process measures the peak of each plan. The steps of
+all plans alternate in one process. The figures are the ratios of the medians to
+ordinary backpropagation. One more row has the network with each block under
+`keras.remat`.
 """
 
 import argparse
@@ -24,9 +25,9 @@ BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
 
 
 def build(way=0):
-    """Returns RevNet-38, compiled; the last `way` blocks store activations.
+    """Returns a compiled RevNet-38 whose last `way` blocks store activations.
 
-    With `way="remat"` the reversible blocks are plain ones under `keras.remat`.
+    With `way="remat"` plain blocks under `keras.remat` replace the reversible ones.
     """
     import keras
 
@@ -66,7 +67,7 @@ def measure_this_process(budget):
 
 
 def step_seconds(ways):
-    """Returns the seconds of each round, by way."""
+    """Returns a dict from each way to the seconds of its rounds."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def step_seconds(ways):
     y = np.zeros(BATCH_SIZE, "int32")
     networks = {way: build(way) for way in ways}
     seconds = {way: [] for way in ways}
-    for network in networks.values():  # traced and warm before the first clock is read
+    for network in networks.values():  # The first step traces the network.
         network.train_on_batch(x, y)
     for _ in range(ROUNDS):
         for way, network in networks.items():
@@ -94,7 +95,7 @@ def sweep():
     )
     budgets = [low + (high - low) * i // (NUM_BUDGETS - 1) for i in range(NUM_BUDGETS)]
     budgets.append("remat")
-    # How many blocks are stored, and the measured peak.
+    # For each budget the number of storing blocks, and the measured peak.
     plans = [processes.run("budget", budget) for budget in budgets]
     ways = dict.fromkeys([all_blocks, *(stored for stored, _ in plans)])
     seconds = step_seconds(ways)
@@ -129,7 +130,7 @@ def plot():
         row["stored_blocks"]: at for row, *at in zip(rows, peaks, ratios, strict=True)
     }
     for i, (stored, at) in enumerate(labels.items()):
-        offset = (6, -11 if i % 2 else 4)  # so that neighbours do not overlap
+        offset = (6, -11 if i % 2 else 4)  # Neighbours do not overlap.
         text = f"{stored} stored"
         ax.annotate(text, at, offset, textcoords="offset points", fontsize="small")
     ax.set(

@@ -1,14 +1,18 @@
-"""What a training step of whole networks keeps: predicted, measured, and the least.
+"""The memory of a training step of whole networks: predicted, measured, lower bound.
 
     python -m benchmarks.estimate    # estimate.csv; 15 minutes
 
-Each row is a fresh process that asks `revnet_tf.memory.estimate` and `measure`, in
-graph mode; with XLA both are what the compiler assigns. The least is a count of what
-has to be alive while one residual function F or G of the first stage is differentiated
-(S is the size of one of its streams): the streams and their gradients, 4 S; the inputs
-that the convolutions and BNs of the branch need, 3 S, of a bottleneck 2 S; the output
-of the last convolution or the gradient that goes back through it, S; the images; and
-the input of the first stage if a block that cannot be reversed begins it.
+A fresh process for each row calls `revnet_tf.memory.estimate` and `measure`, in graph
+mode or with XLA. With XLA both figures are those that the compiler assigns.
+
+The lower bound counts the tensors that are alive while the backward pass differentiates
+one branch, F or G, of the first stage. S is the size of one stream:
+
+- the streams and their gradients, 4 S;
+- the inputs of the convolutions and BNs of the branch, 3 S, of a bottleneck 2 S;
+- the output of the last convolution, or its gradient, S;
+- the images;
+- the input of the first stage, if its first block is not invertible.
 """
 
 import argparse
@@ -35,7 +39,7 @@ def build(network):
 
     if network == "attention":
         return attention()
-    if network == "RevNet1004":  # 6 convolutions in each of 167 blocks, and 2 layers
+    if network == "RevNet1004":  # 167 blocks of 6 convolutions, and 2 more layers
         return models.RevNet(
             (55, 56, 56), (32, 32, 64, 128), True, classifier_activation=None
         )
@@ -43,7 +47,7 @@ def build(network):
 
 
 def attention():
-    """Returns six reversible blocks around self-attention and a perceptron."""
+    """Returns six reversible blocks with self-attention and perceptron branches."""
     import keras
 
     import revnet_tf
@@ -71,7 +75,7 @@ def attention():
 
 
 def least_bytes(network, batch_size):
-    """Returns the least that a RevNet for CIFAR can keep, in float32."""
+    """Returns the lower bound of the activations of a RevNet for CIFAR, in float32."""
     bottleneck = network in ("RevNet164", "RevNet1004")
     pixels = 32 * 32 * batch_size * 4
     stream = pixels * (64 if bottleneck else 16)

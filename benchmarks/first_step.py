@@ -1,11 +1,11 @@
-"""How long it takes until a network has made its first training step.
+"""The time for tracing and compiling a network, before its first training step.
 
     python -m benchmarks.first_step    # first_step.csv; 15 minutes
 
-The first step traces the network, has TensorFlow or XLA compile it, and trains; later
-ones train only. The figure is the CPU time of the first less that of the third. Each
-measurement is a fresh process; recomputed and ordinary backpropagation take turns, and
-the ratio is that of the medians.
+The first step traces the network, compiles it and trains. Later steps only train. The
+figure is the CPU time of the first step, minus that of the third. Each measurement is a
+fresh process. Processes with recomputation and with ordinary backpropagation alternate.
+The ratio is that of the medians.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""How many images a second the input pipeline delivers, and RevNet-38 trains.
+"""The speed of the input pipeline and of RevNet-38, in images per second.
 
     python -m benchmarks.input_pipeline --data-dir DIR   # input_pipeline.csv; 2 minutes
 
-Real CIFAR-10 with the augmentation of `cifar10_revnet38`, batches of 100. Both sides
-alternate in one process, each with all cores to itself; the figures are medians.
+The data are CIFAR-10 with the augmentation of `cifar10_revnet38`, in batches of 100.
+The pipeline and the training alternate in one process, so each has all cores. The
+figures are medians.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from benchmarks.provenance import FOLDER, provenance
 from training import data, fit, outputs
 from training.recipes import RECIPES
 
-# So many batches that the few that lie ready at the start of a round do not matter.
+# The prefetched batches at the start of a round are few of so many batches.
 ROUNDS, PIPELINE_BATCHES, TRAINING_STEPS = 7, 1000, 10
 
 
 def images_per_second(count, step, batch_size):
-    """Returns how many images a number of steps take in a second."""
+    """Returns the images per second of `count` steps."""
     start = time.perf_counter()
     for _ in range(count):
         step()
@@ -30,7 +31,7 @@ def images_per_second(count, step, batch_size):
 
 
 def measure(recipe, images):
-    """Returns images a second of each round, of the pipeline and of the training."""
+    """Returns the images per second of each round, of the pipeline and of training."""
     network = fit.build(recipe, images)
     fit.compile_network(network, recipe)
     iterator = iter(images.training_batches(recipe))
@@ -51,7 +52,7 @@ def measure(recipe, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="as of training.train")
+    parser.add_argument("--data-dir", type=Path, help="folder of TFDS data sets")
     args = parser.parse_args()
     recipe = RECIPES["cifar10_revnet38"]
     images = data.load(recipe, args.data_dir)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.limits    # limits.csv; half an hour
 
-A chain of blocks as in `benchmarks.networks`, in graph mode: the largest batch for 16
-blocks, and the most blocks for a batch of 64, whose peak is within the budget, as
-`revnet_tf.memory.measure` finds it in a fresh process. Nothing above 200 is tried: a
-row of 200 says that there is room for so many or more.
+The network is a chain of blocks of `benchmarks.networks`, in graph mode. The script
+finds the largest batch for 16 blocks, and the most blocks for a batch of 64. A fresh
+process measures each peak with `revnet_tf.memory.measure`. The script tries no value
+above 200, so a row with 200 means 200 or more.
 """
 
 import argparse
@@ -25,8 +25,8 @@ MOST = 200
 def largest(peak):
     """Returns the largest number up to `MOST` whose peak is within the budget, or 0.
 
-    The peak is nearly linear: the guess is that of a straight line through the last two
-    numbers, until one fits and the next does not.
+    The peak is nearly linear. Each guess extends a straight line through the last two
+    measurements. The search ends when a number fits and the next one does not.
     """
     fits, too_many = 0, MOST + 1
     a, b = 2, 4

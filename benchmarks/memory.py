@@ -1,20 +1,23 @@
-"""How much memory a training step takes, by depth.
+"""The memory of a training step, by depth.
 
     python -m benchmarks.memory          # memory.csv and the plots; 40 minutes
     python -m benchmarks.memory --plot   # the plots again, from memory.csv
 
 `memory.png` shows a chain with the library's batch normalization in graph mode,
-`memory_modes.png` chains with Keras's in all modes, and RevNets. A measurement that has
-its row in memory.csv is not made again.
+`memory_modes.png` chains with Keras's in all modes, and RevNets. The script skips
+measurements that have a row in memory.csv.
 
 Each measurement is a fresh process that makes two training steps. Without XLA the
-figure is the process's peak resident size (`VmHWM`, Linux), with XLA the size of the
-temporary buffer that the compiler assigns to the training step, exact to the byte. It
-is taken at two batch sizes: their difference, divided by the difference in samples,
-leaves out the weights and their gradients, the code and what tracing costs. (A resident
-size varies by some megabytes. A sample of a RevNet takes little, so there are more.
-What the allocator wastes when it gives chunks away whole is left out, too: it comes and
-goes with the load of the machine, up to 30 MB.)
+figure is the process's peak resident size (`VmHWM`, Linux). With XLA it is the size of
+the temporary buffer that the compiler assigns to the training step, exact to the byte.
+
+The script measures two batch sizes and divides the difference by the difference in
+samples. This leaves out the weights, their gradients, the code and the tracing.
+
+A resident size varies by some megabytes. A sample of a RevNet takes little memory, so
+its larger batch has more samples. The figures also leave out the memory that the
+allocator wastes in chunks that it does not split. This waste changes with the load of
+the machine, by up to 30 MB.
 """
 
 import argparse
@@ -28,12 +31,12 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks import processes
 
 FOLDER = pathlib.Path(__file__).parent
-# Chains that keep something of every block.
+# Chains whose memory grows with each block.
 GROWING = "remat", "ordinary"
 
 
 def bytes_per_sample(network, num_blocks, mode="graph", norm="keras"):
-    """Returns what one more sample adds to the peak of a step."""
+    """Returns the bytes that one more sample adds to the peak of a step."""
 
     def measure(batch_size):
         if mode == "graph":
@@ -41,7 +44,7 @@ def bytes_per_sample(network, num_blocks, mode="graph", norm="keras"):
         return xla_temporary_bytes(network, num_blocks, batch_size, mode)
 
     sizes = 16, 208 if network.startswith("revnet") else 80
-    with ThreadPoolExecutor() as pool:  # each a process; their peaks are their own
+    with ThreadPoolExecutor() as pool:  # Each measurement is a process of its own.
         small, large = pool.map(measure, sizes)
     return (large - small) / (sizes[1] - sizes[0])
 
@@ -77,7 +80,7 @@ def measure_this_process(network, num_blocks, batch_size, mode, norm):
     x = rng.standard_normal((batch_size, *model.input_shape[1:]), dtype="float32")
     for _ in range(2):
         model.train_on_batch(x, np.zeros(batch_size, "int32"))
-    # Not `ru_maxrss`: that starts at the size of the process that forked this one.
+    # Not `ru_maxrss`, which starts at the size of the parent process.
     status = pathlib.Path("/proc/self/status").read_text()
     kib = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
     print(json.dumps({"peak_bytes": 1024 * kib}))
@@ -129,7 +132,7 @@ NAMES = {
     "revnet_ordinary": "ordinary backpropagation",
     "revnet": "RevNet",
 }
-# The reversible chains lie on one another: open markers of different sizes.
+# The lines of reversible chains coincide. Open markers show all of them.
 STYLE = {
     "ordinary": dict(color="C1", marker="s"),
     "remat": dict(color="C3", marker="^", markersize=9, fillstyle="none"),

@@ -24,7 +24,7 @@ REVNETS = ("revnet", "revnet_ordinary")
 
 
 class PlainBlock(layers.Layer):
-    """What a `RevBlock` computes, as an ordinary layer."""
+    """The function of a `RevBlock` as an ordinary layer."""
 
     def __init__(self, f, g):
         super().__init__()
@@ -44,7 +44,7 @@ class PlainBlock(layers.Layer):
 
 
 class RematBlock(PlainBlock):
-    """The same, recomputed from its stored input."""
+    """A `PlainBlock` that stores its input and recomputes the rest."""
 
     def call(self, inputs, training=False):
         block = super()
@@ -67,10 +67,12 @@ def block(kind=RevBlock, norm=layers.BatchNormalization):
 
 
 def chain(network, num_blocks, norm=layers.BatchNormalization):
-    """Returns a layer: blocks with two streams of 32 channels; see `build`.
+    """Returns a layer of several blocks with two streams of 32 channels.
 
     Args:
-        norm: makes the normalization layers of the branches.
+        network: str, the name of a chain; see `build`.
+        num_blocks: int, the number of blocks.
+        norm: function, returns the normalization layers of the branches.
     """
     if network in SEQUENCES:
         blocks = [block(norm=norm) for _ in range(num_blocks)]
@@ -85,17 +87,21 @@ def build(network, num_blocks, jit_compile=False, norm="keras"):
     """Returns a compiled model with two streams of 32 channels, or a RevNet.
 
     Args:
-        network: `"sequence"` (one `RevSequence`), `"functional"` or `"sequential"`
-            (blocks called one by one in such a model), `"last_stored"` (a sequence
-            whose last block stores its activations), `"fixed_point"` (a sequence with
-            fixed-point streams), `"ordinary"` (a sequence with ordinary
-            backpropagation), `"remat"` (plain blocks, each under `keras.remat`, which
-            is `tf.recompute_grad`); `"revnet"` or `"revnet_ordinary"`, with the widths
-            of the paper's RevNet-110.
-        num_blocks: number of blocks; in each of three stages for a RevNet.
-        jit_compile: whether to compile the training step with XLA.
-        norm: key of `NORMS`, the batch normalization of a chain. That of a RevNet is
-            the library's.
+        network: str, one of
+
+            - `"sequence"`: one `RevSequence`.
+            - `"last_stored"`: a sequence whose last block stores its activations.
+            - `"fixed_point"`: a sequence with fixed-point streams.
+            - `"ordinary"`: a sequence with ordinary backpropagation.
+            - `"functional"`, `"sequential"`: blocks called one by one in such a model.
+            - `"remat"`: plain blocks, each under `keras.remat`, which is
+              `tf.recompute_grad`.
+            - `"revnet"`, `"revnet_ordinary"`: networks with the widths of the paper's
+              RevNet-110, with recomputation and with ordinary backpropagation.
+        num_blocks: int, the number of blocks, for a RevNet that of each stage.
+        jit_compile: bool, whether XLA compiles the training step.
+        norm: str, key of `NORMS`, the batch normalization of a chain. A RevNet uses
+            that of the library.
     """
     if network in REVNETS:
         model = models.RevNet(
@@ -118,14 +124,16 @@ def build(network, num_blocks, jit_compile=False, norm="keras"):
             y = layer(y)
         model = keras.Model(x, y)
     else:
-        raise ValueError(f"network={network!r} must be one of {CHAINS + REVNETS}.")
+        raise ValueError(
+            f"network must be one of {CHAINS + REVNETS}; got network={network!r}."
+        )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=jit_compile)
     return model
 
 
 def with_remat(model):
-    """Returns a functional model whose `RevSequence`s are plain blocks under remat."""
+    """Returns a functional model with plain blocks under remat in its sequences."""
 
     def call(layer, *args, **kwargs):
         if not isinstance(layer, RevSequence):

@@ -1,19 +1,21 @@
-"""What rounding does to rebuilt activations and to gradients.
+"""The effect of rounding on reconstructed activations and on gradients.
 
     python -m benchmarks.numerics                         # by depth and precision
     python -m benchmarks.numerics --training --minutes 30 --data-dir DIR
     python -m benchmarks.numerics --plot                  # the plots, from CSV files
 
-By depth: a chain of blocks with the weights that it begins with, two streams of 4
-channels, 8x8, batch 16; numerics.csv and numerics.png. In eager mode, where no graph of
-hundreds of blocks has to be built; with `--mode graph` or `--mode xla` as one.
+By depth: the network is a chain of blocks with its initial weights, two streams of 4
+channels, images of 8x8, and batches of 16. The files are numerics.csv and numerics.png.
+Eager mode saves the tracing of graphs with hundreds of blocks. `--mode graph` and
+`--mode xla` measure such graphs.
 
-Training: the paper's figure. RevNet-164 on CIFAR-10 as its recipe has it, with rebuilt
-and with stored activations, in turns, from the same weights and images; a third one
-shows what rounding alone does. numerics_training.csv and numerics_training.png.
+Training: the paper's figure, with the recipe of RevNet-164 on CIFAR-10. Two trainings
+alternate, with reconstructed and with stored activations, from the same weights and
+images. A third one shows the effect of rounding alone. The files are
+numerics_training.csv and numerics_training.png.
 
-The same command goes on where it was stopped: a cell of the table that has its row is
-not measured again, a training continues from its last checkpoint.
+The same command continues after an interruption. It skips cells of the table that have
+a row, and resumes a training from its last checkpoint.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from training.recipes import RECIPES
 
 DEPTHS = 10, 30, 100, 300, 1000
 
-# Policy of all layers, fraction bits, blocks from one anchor to the next.
+# For each way: policy of all layers, fraction bits, blocks between two anchors.
 WAYS = {
     "float32": ("float32", None, None),
     "float32, fraction_bits=14": ("float32", 14, None),
@@ -44,8 +46,8 @@ WAYS = {
     "bfloat16 streams, an anchor every 5 blocks": ("bfloat16", None, 5),
 }
 
-# The networks of the training. The last is for comparison: how far apart float32 itself
-# drives two trainings that begin within one unit in the last place.
+# The networks of the training. The last one shows the effect of float32 alone. Its
+# first weights differ from those of the others by one unit in the last place.
 CURVES = {
     "rebuilt": "reconstructed activations",
     "stored": "stored activations",
@@ -83,7 +85,7 @@ def chain(num_blocks, mode, policy, fraction_bits, anchor_every):
     model = keras.Model(x, keras.layers.Dense(10)(pooled))
     optimizer = keras.optimizers.SGD(0.1)
     if policy == "mixed_float16":
-        # With Keras's first scale gradients overflow, until training has halved it.
+        # Gradients overflow with Keras's initial scale, until training halves it.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 2.0**7)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(
@@ -96,7 +98,7 @@ def chain(num_blocks, mode, policy, fraction_bits, anchor_every):
 
 
 def watched(model, x, y, every_steps=1):
-    """Returns a monitor that has measured once, and warns of nothing."""
+    """Returns a monitor after its first measurement. It never warns."""
     monitor = ReversibilityMonitor(
         x, y, every_steps, max_error=math.inf, max_angle=math.inf
     )
@@ -127,7 +129,7 @@ def by_depth(depths, mode):
 
 
 def training(recipe, images, run_dir, every_steps, steps, minutes):
-    """Trains the networks a step each in turns, and writes down how they do."""
+    """Trains the networks in turns, one step each, and writes their losses."""
     path, start = FOLDER / "numerics_training.csv", time.monotonic()
     networks = {}
     for name in CURVES:
@@ -191,7 +193,7 @@ def plot():
             )
             ax.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=way)
         ax.set(xlabel="blocks", ylabel=label, xscale="log")
-        # Logarithmic down to the smallest decade, and below it linear, to zero.
+        # The axis is logarithmic down to the smallest decade, and linear below it.
         values = [float(r[name]) for r in rows if float(r[name]) > 0]
         decade = 10 ** math.floor(math.log10(min(values)))
         ax.set_yscale("symlog", linthresh=decade, linscale=0.5)
@@ -235,13 +237,13 @@ def main():
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
     parser.add_argument("--mode", choices=("eager", "graph", "xla"), default="eager")
     parser.add_argument("--training", action="store_true", help="the paper's figure")
-    parser.add_argument("--steps", type=int, default=80_000, help="of the training")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="at most")
+    parser.add_argument("--steps", type=int, default=80_000, help="steps to train")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit")
     parser.add_argument(
         "--every", type=int, default=10, metavar="N", help="steps between measurements"
     )
     parser.add_argument("--run-dir", type=Path, default=Path("runs", "numerics"))
-    parser.add_argument("--data-dir", type=Path, help="as of training.train")
+    parser.add_argument("--data-dir", type=Path, help="folder of TFDS data sets")
     parser.add_argument("--plot", action="store_true", help="only draw the plots")
     args = parser.parse_args()
     if args.training:

@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own: an allocator without a past."""
+"""Measurements in a process of their own, with an allocator in its initial state."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import pathlib
 import subprocess
 import sys
 
-# How a training step is run, and with what flags of XLA: on a CPU it orders the
-# operations so that many can run at a time, and with this flag so that they need little
+# The modes of a training step, with flags for XLA. By default XLA on a CPU orders
+# operations so that many can run at a time. With this flag it orders them for low
 # memory (`CpuCompiler::CreateHloSchedule`).
 MODES = {
     "graph": "",
@@ -17,7 +17,7 @@ MODES = {
 
 
 def run(module, *arguments, xla_flags=""):
-    """Returns what `python -m benchmarks.MODULE --one ARGUMENTS` prints (`python`)."""
+    """Runs `python -m benchmarks.MODULE --one ARGUMENTS`; see `python`."""
     module = f"benchmarks.{module}"
     return python("-m", module, "--one", *arguments, xla_flags=xla_flags)
 
@@ -26,17 +26,17 @@ def python(*arguments, xla_flags=""):
     """Runs Python in a process of its own, in the checkout.
 
     Returns:
-        The last line that it prints, which is JSON.
+        The value of the last line of its output, which is JSON.
 
     Raises:
-        RuntimeError: the process failed; says what it wrote.
+        RuntimeError: the process failed. The message has its error output.
     """
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command,
         cwd=pathlib.Path(__file__).parents[1],
         env={
-            # On every processor: the allocator of some keeps no account without it.
+            # Without oneDNN, the allocator has no memory statistics on some CPUs.
             "TF_ENABLE_ONEDNN_OPTS": "1",
             **os.environ,
             "TF_CPP_MIN_LOG_LEVEL": "3",

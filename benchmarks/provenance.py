@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made: the first columns of every CSV file."""
+"""The first columns of every CSV file: date, commit, device and versions."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ def provenance():
 
 @contextlib.contextmanager
 def table(name, columns):
-    """Begins a CSV file; returns a function that adds a row to it, and prints it."""
+    """Begins a CSV file, and yields a function that adds and prints a row."""
     common = provenance()
     with open(FOLDER / name, "w", newline="") as file:
         writer = csv.writer(file)

@@ -1,12 +1,14 @@
-"""How fast an exported network answers, in each runtime, on the CPU.
+"""The speed of an exported network in each runtime, on the CPU.
 
     python -m benchmarks.serving [--rounds N]    # serving.csv
 
-RevNet-38 and ResNet-32 on raw 32x32 images, as a run exports them: the live
-`keras.Model` (`predict_on_batch`), its SavedModel in this process, LiteRT and ONNX
-Runtime, with the threads that each takes of itself, LiteRT with one for each core. The
-runtimes alternate in one process. Latency is that of a batch of 1, in milliseconds;
-images a second are those of the median batch of 32.
+The networks are RevNet-38 and ResNet-32 on raw 32x32 images, as a run exports them.
+The runtimes are the live `keras.Model` (`predict_on_batch`), its SavedModel in this
+process, LiteRT and ONNX Runtime. LiteRT has one thread for each core, the others their
+default number. The runtimes alternate in one process.
+
+The latency is that of a batch of 1, in milliseconds. The images per second are those of
+the median batch of 32.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from revnet_tf.export import export_litert, export_onnx, export_saved_model
 
 NETWORKS = ("RevNet38", "ResNet32")
 BATCH_SIZES = (1, 32)
-# Of batches of 1; there is one of 32 for ten of them. 1,000 give ten beyond p99.
+# The number of batches of 1, of which ten are above p99. A tenth as many have 32.
 ROUNDS = 1000
 
 
@@ -39,14 +41,14 @@ def serving_model(network):
 
 
 def runtimes(model, folder):
-    """Returns, by name, functions from `uint8` images to predictions."""
+    """Returns a dict from runtimes to functions from `uint8` images to predictions."""
     export_saved_model(model, folder / "1")
     export_litert(model, folder / "model.tflite")
     export_onnx(model, folder / "model.onnx")
     served = tf.saved_model.load(str(folder / "1")).signatures["serving_default"]
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     lite = {}
-    for batch_size in BATCH_SIZES:  # one each: to change the size takes time
+    for batch_size in BATCH_SIZES:  # One interpreter each, as resizing takes time.
         lite[batch_size] = Interpreter(
             str(folder / "model.tflite"), num_threads=os.cpu_count()
         ).get_signature_runner("serving_default")
@@ -59,12 +61,12 @@ def runtimes(model, folder):
 
 
 def measure(functions, rounds):
-    """Returns the seconds of each call, by runtime and batch size."""
+    """Returns the seconds of each call, as dicts by runtime and batch size."""
     rng = np.random.default_rng(0)
     seconds = {name: {size: [] for size in BATCH_SIZES} for name in functions}
     for batch_size in BATCH_SIZES:
         x = rng.integers(0, 256, (batch_size, 32, 32, 3), dtype=np.uint8)
-        for function in functions.values():  # traced and warm
+        for function in functions.values():  # The first calls trace it.
             for _ in range(3):
                 function(x)
         for _ in range(rounds if batch_size == 1 else max(1, rounds // 10)):

@@ -1,20 +1,24 @@
-"""How long a training step takes, against ordinary backpropagation.
+"""The time of a training step, relative to ordinary backpropagation.
 
     python -m benchmarks.step_time    # step_time.csv; an hour
 
-A chain of 9 blocks, two streams of 32 channels, 32x32, batch 64, in these ways:
+The network is a chain of 9 blocks with two streams of 32 channels, images of 32x32 and
+batches of 64, in these ways:
 
-- one `RevSequence`; the same blocks called one by one; a sequence that stores the last
-  block; one with fixed-point streams;
+- one `RevSequence`;
+- the same blocks called one by one;
+- a sequence that stores the activations of its last block;
+- a sequence with fixed-point streams;
 - plain blocks under `keras.remat`;
-- ordinary backpropagation; its forward pass alone.
+- ordinary backpropagation;
+- the forward pass of ordinary backpropagation alone.
 
-Each is measured with Keras's batch normalization and with that of the library. The
-gradient is that for the weights and the input, as inside of a network. The ways
-alternate in one process, there and back. The ratios are those of its medians to
-ordinary backpropagation. The memory layout of a process changes them by some percent.
-The figures are therefore the medians of several fresh processes, with the lowest and
-the highest.
+The script measures each way with Keras's batch normalization and with that of the
+library. The gradient is that for the weights and the input, as inside a network. The
+ways alternate in one process, in turns of both directions. The ratios are those of the
+medians to ordinary backpropagation. The memory layout of a process changes the ratios
+by some percent. The figures are therefore the median, the lowest and the highest ratio
+of several fresh processes.
 
 The lower bound of a recomputation is ordinary backpropagation plus one forward pass.
 """
@@ -70,7 +74,7 @@ def training_step(way, norm, jit_compile):
 
 
 def measure_this_process(mode, norm):
-    """Prints, for each of the ways, the medians of the seconds and the CPU seconds."""
+    """Prints the medians of the seconds and of the CPU seconds of each way."""
     import numpy as np
     import tensorflow as tf
 
@@ -78,14 +82,14 @@ def measure_this_process(mode, norm):
     x = rng.standard_normal((BATCH_SIZE, 32, 32, 64), dtype="float32")
     x = tf.constant(x)
     steps = [training_step(way, norm, mode != "graph") for way in WAYS]
-    for step in steps:  # traced, compiled and warm before the first clock is read
+    for step in steps:  # The first call traces and compiles it.
         step(x)
     seconds, cpu_seconds = [[] for _ in steps], [[] for _ in steps]
     for round_ in range(ROUNDS):
         there = range(len(steps))
         for i in there if round_ % 2 else reversed(there):
             start, cpu_start = time.perf_counter(), time.process_time()
-            steps[i](x)[0].numpy()  # waits for the device
+            steps[i](x)[0].numpy()  # It waits for the device.
             seconds[i].append(time.perf_counter() - start)
             cpu_seconds[i].append(time.process_time() - cpu_start)
     medians = [[statistics.median(s) for s in kind] for kind in (seconds, cpu_seconds)]

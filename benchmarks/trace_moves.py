@@ -2,11 +2,14 @@
 
     python -m benchmarks.trace_moves
 
-The step is traced as a graph once. Its branches are Keras's batch normalization, ReLU
-and a convolution. For the forward and for the backward pass the script prints two
-numbers: the functions of the library that are entered, each counted once, and how often
-the next call is in another file than the one before. A reader who follows the step
-through the code reads as many functions and makes as many moves.
+The script traces the step as a graph once. The branches are Keras's batch
+normalization, ReLU and a convolution. For the forward and for the backward pass the
+script prints two numbers:
+
+- functions: the entered functions of the library, each counted once;
+- moves: the calls into another file than that of the call before.
+
+A reader follows a step through as many functions and files.
 """
 
 import itertools
@@ -22,7 +25,7 @@ PACKAGE = os.path.dirname(revnet_tf.__file__)
 
 
 class Count:
-    """Counts calls within the context, as a profile function of the interpreter."""
+    """Records the calls within its context with a profile function."""
 
     def __enter__(self):
         self.calls = []
@@ -34,7 +37,7 @@ class Count:
 
     def _note(self, frame, event, _):
         code = frame.f_code
-        # "<lambda>" and comprehensions are read where they stand.
+        # The code of lambdas and comprehensions stands in the calling function.
         named = not code.co_name.startswith("<")
         if event == "call" and named and code.co_filename.startswith(PACKAGE):
             self.calls.append(code)
@@ -55,7 +58,7 @@ def branch():
 
 
 def count():
-    """Returns a `Count` of the forward and one of the backward pass."""
+    """Returns the `Count` of the forward pass and that of the backward pass."""
     block = revnet_tf.RevBlock(branch(), branch())
     block.build((2, 8, 8, 8))
     forward, backward = Count(), Count()

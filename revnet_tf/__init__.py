@@ -3,7 +3,7 @@
 Reference: Gomez et al., 2017, https://arxiv.org/abs/1707.04585
 """
 
-import revnet_tf._backend  # noqa: F401  Before all that imports Keras.
+import revnet_tf._backend  # noqa: F401  First, before Keras.
 from revnet_tf import export, layers, memory, models, normalization, numerics
 from revnet_tf.layers import (
     DownsamplingBlock,

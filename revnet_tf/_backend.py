@@ -1,4 +1,4 @@
-"""Refuses another backend of Keras than TensorFlow, before Keras is imported."""
+"""Refuses all backends of Keras except TensorFlow, before the import of Keras."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import sys
 
 
 def chosen() -> str:
-    """Returns the backend that Keras has chosen, or chooses once it is imported.
+    """Returns the backend of Keras, also if Keras is not imported yet.
 
-    `import keras` fails if the modules of its backend are missing. The backend is
-    therefore read from the places where Keras reads it.
+    `import keras` fails if the modules of its backend are missing. The function
+    therefore reads the backend where Keras reads it.
     """
     if keras := sys.modules.get("keras"):
         return keras.config.backend()
@@ -27,7 +27,7 @@ def chosen() -> str:
 
 if chosen() != "tensorflow":
     raise ImportError(
-        "revnet_tf needs Keras with the backend 'tensorflow', and Keras uses "
-        f"{chosen()!r}: set the environment variable KERAS_BACKEND=tensorflow before "
+        "Expected Keras with the backend 'tensorflow'; Keras uses "
+        f"{chosen()!r}. Set the environment variable KERAS_BACKEND=tensorflow before "
         'Keras is imported, or "backend": "tensorflow" in keras.json.'
     )

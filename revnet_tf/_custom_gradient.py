@@ -10,12 +10,12 @@ def call(function, *arguments):
 
     In a graph TensorFlow registers the gradient function and the outputs of a custom
     gradient by name and never removes them. The graph, the layers and the weights of
-    every trained model would stay alive. This function registers weak references only;
-    the operation owns the gradient function.
+    every trained model would stay in memory. This function registers weak references
+    only. The operation owns the gradient function.
 
     Args:
-        function: returns a sequence of tensors, at least one, and the gradient
-            function.
+        function: function of the arguments, returns a sequence of at least one tensor
+            and the gradient function.
         *arguments: tensors.
     """
     if tf.executing_eagerly():
@@ -33,7 +33,7 @@ def call(function, *arguments):
 
     outputs = differentiable(*arguments)
     outputs[0].op._revnet_tf_gradient = gradient
-    # TensorFlow asks only how many there are.
+    # TensorFlow reads only the length of the list.
     registered[:] = [None] * len(registered)
     return outputs
 
@@ -42,8 +42,8 @@ def is_traced_for_saving(d_unused):
     """Returns whether TensorFlow traces a gradient function for a SavedModel.
 
     `tf.saved_model.save` traces the gradient function of every custom gradient in the
-    graphs that it writes, with a placeholder for each output. A derivative passes
-    zeros for an output that no operation uses.
+    graphs that it writes, with a placeholder for each output. In a real derivative, an
+    output that no operation uses has the gradient zero instead.
 
     Args:
         d_unused: tensor, the gradient for an output that no operation uses.

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 BATCH_SIZES = (1, 7, 32)
-# Sizes to try for the open dimensions of an input, such as those of an image of any
-# size. Large ones fit wide kernels and many strides, small ones a table of positions.
+# Sizes to try for the open dimensions of an input, such as height and width. Wide
+# kernels and many strides need large sizes, tables of positions small ones.
 SIZES = (32, 64, 128, 256, 16, 8, 4, 2, 1)
 # A batch with more values may not fit into memory.
 MAX_VALUES = 2**23
@@ -20,7 +20,7 @@ def given(examples, spec: tf.TensorSpec) -> np.ndarray:
     """Returns examples as an array in the dtype of an input.
 
     Raises:
-        ValueError: they have another shape or kind of dtype, or there are none.
+        ValueError: the examples have another shape or kind of dtype, or are empty.
     """
     array = np.asarray(examples)
     dtype = tf.as_dtype(array.dtype)
@@ -36,7 +36,8 @@ def given(examples, spec: tf.TensorSpec) -> np.ndarray:
     ):
         raise ValueError(
             f"examples must be a batch of {spec.dtype.name} inputs of the shape "
-            f"{tuple(shape)}; got {dtype.name} of the shape {array.shape}."
+            f"{tuple(shape)}; got {dtype.name} of the shape {array.shape}. Give a "
+            "batch of real inputs."
         )
     return array.astype(spec.dtype.as_numpy_dtype)
 
@@ -49,19 +50,20 @@ def batches(
 ) -> list[np.ndarray]:
     """Returns inputs for a check, in batches of 1, 7 and 32.
 
-    Without examples the function draws them at random, in ways and sizes that suit the
-    layers of the model, until the model accepts them and gives finite answers.
+    Without examples the function draws random inputs, in ways and sizes that suit the
+    layers of the model. It stops at inputs to which all answers are finite.
 
     Args:
-        model: the functional model.
-        spec: specification of its input. A fixed batch size is the only one.
-        answer: function from a batch to the answers of the live model. An exception
-            means that the model does not accept the batch.
+        model: functional `keras.Model`.
+        spec: `tf.TensorSpec` of its input. If it has a batch size, the function returns
+            one batch of this size.
+        answer: function from a batch to the answers of the live model. It raises an
+            exception if the model does not accept the batch.
         examples: array of inputs, or `None`.
 
     Returns:
-        A list of arrays. It is empty, with a warning, if the model accepts none of the
-        drawn inputs or gives no finite answer to them.
+        A list of arrays. If the model gives no finite answer to any random input, the
+        function warns and the list is empty.
 
     Raises:
         ValueError: the model does not accept the examples.
@@ -73,8 +75,8 @@ def batches(
             answer(found[-1])
         except (ValueError, tf.errors.OpError) as error:
             raise ValueError(
-                f"{model.name} does not take `examples`: {_reason(error)}. Give a "
-                "batch of its inputs."
+                f"Expected inputs of {model.name}; it does not take `examples`: "
+                f"{_reason(error)}. Give a batch of its inputs."
             ) from error
         return found
     best, best_share, reason = [], 0.0, "none of its answers is finite"
@@ -92,16 +94,16 @@ def batches(
                 best, best_share = drawn, share
     if not best:
         warnings.warn(
-            f"The exported {model.name} is not checked, because the model answers none "
-            f"of the inputs that were drawn for it ({reason}). Give `examples`, a "
-            "batch of real inputs.",
+            f"The exported {model.name} is not checked, because the model gives no "
+            f"answer to random inputs ({reason}). Give `examples`, a batch of real "
+            "inputs.",
             stacklevel=3,
         )
     return best
 
 
 def encoded(images: np.ndarray) -> np.ndarray:
-    """Returns images as PNG files; noise of their shape unless they are `uint8`."""
+    """Returns `uint8` images as PNG files. Replaces other images by noise."""
     if images.dtype != np.uint8:
         rng = np.random.default_rng(len(images))
         images = rng.integers(0, 256, images.shape, np.uint8)
@@ -120,21 +122,21 @@ def _reason(error):
 
 
 def _shapes(spec, batch_size):
-    """Returns shapes of an example, without batches that are too large."""
+    """Returns shapes to try for an example, without those of too large batches."""
     sizes = SIZES if None in spec.shape[1:] else SIZES[:1]
     shapes = [tuple(known or size for known in spec.shape[1:]) for size in sizes]
     return shapes[:1] + [s for s in shapes[1:] if batch_size * np.prod(s) < MAX_VALUES]
 
 
 def _draws(model, spec):
-    """Returns functions `draw(rng, shape)`, the one that suits the layers first."""
+    """Returns functions `draw(rng, shape)`. The first suits the layers best."""
     layers = model._flatten_layers()
     dtype = spec.dtype.as_numpy_dtype
     if spec.dtype == tf.string:
         words = _vocabulary(layers, str) or [f"word{i}" for i in range(10)]
         is_text = any(isinstance(x, keras.layers.TextVectorization) for x in layers)
         return [_strings(words, 8 if is_text else 1), _strings(words, 1)]
-    # Indices into the smallest table fit all of them, words and positions.
+    # Indices within the smallest table are within all tables of words and positions.
     tables = [x.input_dim for x in layers if isinstance(x, keras.layers.Embedding)]
     tables += [
         x.num_tokens for x in layers if isinstance(x, keras.layers.CategoryEncoding)
@@ -164,7 +166,7 @@ def _whole(high, dtype):
 def _strings(words, length):
     def draw(rng, shape):
         drawn = rng.choice(words, (*shape, length)).reshape(-1, length)
-        # As TensorFlow returns strings: objects, of bytes.
+        # TensorFlow also returns strings as objects of type `bytes`.
         texts = [" ".join(found).encode() for found in drawn]
         return np.array(texts, object).reshape(shape)
 
@@ -172,7 +174,7 @@ def _strings(words, length):
 
 
 def _vocabulary(layers, kind):
-    """Returns the entries of that type that lookups of an input know."""
+    """Returns the entries of type `kind` in the vocabularies of lookup layers."""
     return [
         entry
         for layer in layers

@@ -1,7 +1,8 @@
-"""What TensorFlow's executor holds in memory while it runs a function, by simulation.
+"""A simulation of the memory that TensorFlow's executor needs to run a function.
 
-Nothing is computed: the operations of a graph of known shapes are gone through in an
-order in which the executor can run them, and the bytes are counted that are alive.
+The simulation computes no values. It visits the operations of a graph in an order in
+which the executor can run them. All shapes are known, so it counts the bytes that are
+alive.
 """
 
 import collections
@@ -24,7 +25,8 @@ _SAME = {
     "Squeeze",
     "StopGradient",
 }
-# Operations that write over an input of the size of their output if nobody needs it.
+# Operations that write over an input of the size of their output, if no other operation
+# needs that input.
 _IN_PLACE = set(
     """
     Abs Add AddN AddV2 BiasAdd Ceil Elu EluGrad Erf Exp Expm1 Floor Log Log1p LogSoftmax
@@ -33,26 +35,26 @@ _IN_PLACE = set(
     SqrtGrad Square SquaredDifference Sub Tanh TanhGrad
     """.split()
 )
-# Operations that give what is there already: weights, and constants of the graph.
+# Operations whose outputs exist already: weights, and constants of the graph.
 _NOT_MADE = {"Const", "ReadVariableOp", "VarHandleOp"}
-# A smaller operation is executed at once; the larger ones wait for a thread.
+# The executor runs smaller operations at once. Larger ones wait for a thread.
 _LARGE_BYTES = 100_000
-# Orders of execution that are tried.
+# The number of simulated orders of execution.
 _ORDERS = 8
-# The allocator gives a free piece away whole where splitting it would leave little.
+# The allocator does not split a free chunk if the rest would be small.
 _ROUNDING = 1.03
 
 
 def simulate(graph, boundary):
-    """Goes through the operations of a function as TensorFlow's executor does.
+    """Visits the operations of a function in the order of TensorFlow's executor.
 
     Args:
-        graph: the function's graph, of known shapes.
-        boundary: name of an operation.
+        graph: `tf.Graph` of the function, with known shapes.
+        boundary: str, the name of an operation.
 
     Returns:
-        The peak of the bytes alive, and what is alive when the boundary is passed: a
-        list of pairs, the name of the operation that made a tensor and its size.
+        The peak of the bytes alive, and the tensors alive after the boundary. These
+        are a list of pairs: the name of the operation that made a tensor, and its size.
     """
     outputs = [t for t in graph.outputs if t is not None]
     needed, ahead = set(), [t.op for t in outputs] + list(graph.control_outputs)
@@ -62,7 +64,7 @@ def simulate(graph, boundary):
             needed.add(op)
             ahead += [t.op for t in op.inputs] + list(op.control_inputs)
     waiting_for, followers = {}, collections.defaultdict(list)
-    # Whoever calls the function holds its inputs meanwhile.
+    # The caller of the function holds its inputs until the function returns.
     uses = collections.Counter(t.ref() for t in [*outputs, *graph.inputs])
     for op in graph.get_operations():
         if op in needed:
@@ -71,7 +73,7 @@ def simulate(graph, boundary):
             uses.update(t.ref() for t in op.inputs)
             for other in before:
                 followers[other].append(op)
-    # Which comes first of those that become ready at a time is not known.
+    # The order of operations that become ready at the same time is not known.
     runs = [
         _execute(waiting_for, followers, uses, boundary, random.Random(seed))
         for seed in range(_ORDERS)
@@ -103,7 +105,7 @@ def _execute(waiting_for, followers, uses, boundary, rng):
             op = small.popleft()
             memory.start(op)
         elif large and len(under_way) < threads:
-            op = large.pop()  # what has become ready last
+            op = large.pop()  # the one that became ready last
             memory.start(op)
             heapq.heappush(under_way, (now + _work(op), rng.random(), op))
             continue
@@ -120,35 +122,36 @@ def _execute(waiting_for, followers, uses, boundary, rng):
 
 
 def _work(op):
-    """Returns how long an operation takes, in some unit."""
+    """Returns the duration of an operation, in an arbitrary unit."""
     size = sum(map(size_of, [*op.inputs, *op.outputs]))
     return size * (20 if "Conv" in op.type or "MatMul" in op.type else 1)
 
 
 def _scratch(op):
-    """Returns what an operation needs beside its inputs and outputs."""
-    if op.type == "Einsum":  # transposes a tensor
+    """Returns the bytes that an operation needs beside its inputs and outputs."""
+    if op.type == "Einsum":  # It transposes a tensor.
         return max(map(size_of, [*op.inputs, *op.outputs]))
     return 0
 
 
 class _Buffers:
-    """The memory behind tensors: several can share a buffer.
+    """The buffers of tensors. Several tensors can share a buffer.
 
     Attributes:
-        alive: by buffer, the name of the operation that made it, and its size.
-        peak: largest sum of the sizes so far.
+        alive: dict from a buffer to the name of the operation that made it, and its
+            size.
+        peak: int, the largest sum of the sizes so far.
     """
 
     def __init__(self, uses):
         self.alive = {}
         self.peak = self._total = 0
-        self._uses = uses  # that a tensor has still before it
+        self._uses = uses  # the remaining uses of a tensor
         self._of = {}  # the buffer of a tensor
-        self._tensors = collections.Counter()  # that share a buffer
+        self._tensors = collections.Counter()  # the tensors of a buffer
 
     def start(self, op):
-        """Has the outputs of an operation made."""
+        """Allocates the outputs of an operation."""
         for i, output in enumerate(op.outputs):
             buffer = self._reused(op, i, output)
             if buffer is None:
@@ -162,7 +165,7 @@ class _Buffers:
         self.peak = max(self.peak, self._total)
 
     def finish(self, op):
-        """Lets go what the operation was the last to need."""
+        """Frees the tensors that no later operation needs."""
         self._total -= _scratch(op)
         for t in op.outputs:
             if not self._uses[t.ref()]:
@@ -197,12 +200,12 @@ class _Buffers:
 
 
 def num_bytes(tensors):
-    """Returns the size of tensors or variables together, in bytes."""
+    """Returns the total size of tensors or variables, in bytes."""
     return sum(map(size_of, tensors))
 
 
 def size_of(tensor):
-    """Returns the size of a tensor or variable in bytes, 0 of one that has none."""
+    """Returns the size of a tensor or variable in bytes, or 0 if it is not known."""
     dtype = tf.as_dtype(tensor.dtype)
     if dtype in (tf.resource, tf.variant, tf.string):
         return 0

@@ -1,4 +1,4 @@
-"""Files and folders that exist either as a whole or not at all."""
+"""Files and folders that appear as a whole or not at all."""
 
 import contextlib
 import os
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a path beside `path`, and renames it after a block without error.
 
-    After an error the partial file or folder is removed, and `path` is as it was.
+    After an error, the function removes the partial file or folder and leaves `path` as
+    it was.
 
     Args:
-        path: path of a file, or of a folder that does not exist, in an existing folder.
+        path: path of a file, or of a new folder. Its parent folder must exist.
     """
     path = pathlib.Path(path)
     # The prefix keeps the suffix: Keras and Matplotlib choose the format by it.

@@ -1,8 +1,8 @@
 """Streams in fixed point, whose sums can be undone bit for bit.
 
 Float32 represents every multiple of `2**-k` below `2**(24 - k)` exactly. Sums and
-differences of such values are exact, too, as long as they stay in that range: `(x + y)
-- y` equals `x`. Float64 has 53 binary digits where float32 has 24.
+differences of such values are also exact within that range: `(x + y) - y` equals `x`.
+Float64 has 53 binary digits where float32 has 24.
 """
 
 import numpy as np
@@ -15,33 +15,34 @@ def validate(fraction_bits, dtype):
     """Raises `ValueError` unless streams of `dtype` can have these fraction bits."""
     if dtype not in ("float32", "float64"):
         raise ValueError(
-            f"fraction_bits={fraction_bits!r} needs streams in float32 or float64, and "
-            f"these are in {dtype}; change the variable dtype of the block's policy."
+            "Expected streams in float32 or float64 for "
+            f"fraction_bits={fraction_bits!r}; got {dtype}. Change the variable dtype "
+            "of the block's policy."
         )
     most = np.finfo(dtype).nmant - 1
     if type(fraction_bits) is not int or not 0 <= fraction_bits <= most:
         raise ValueError(
-            f"fraction_bits={fraction_bits!r} must be an integer from 0 to {most}, or "
-            "None."
+            f"fraction_bits must be an integer from 0 to {most}, or None; got "
+            f"fraction_bits={fraction_bits!r}."
         )
 
 
 def limit(dtype, fraction_bits):
-    """Returns the bound of the range, which is not part of it."""
+    """Returns the bound of the range. Values of a stream are below it."""
     return 2.0 ** (np.finfo(dtype).nmant + 1 - fraction_bits)
 
 
 def quantize(x, fraction_bits, elementary=False):
-    """Returns the nearest values in fixed point; a half is rounded to the even one.
+    """Returns the nearest values in fixed point, and rounds a half to even.
 
     The gradient is that of `x`. Values, including NaN, are clipped to twice the range,
     so a sum with them is detected as out of range.
 
     Args:
         x: floating-point tensor.
-        fraction_bits: int, of the result.
-        elementary: bool, whether to compute the same bits with operations that other
-            runtimes have, too.
+        fraction_bits: int, the fraction bits of the result.
+        elementary: bool; `True`: compute the same bits with operations that other
+            runtimes also have. Defaults to `False`.
     """
     if elementary:
         multiple = tf.round(x * 2.0**fraction_bits) * 2.0**-fraction_bits

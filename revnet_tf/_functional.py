@@ -1,9 +1,9 @@
 """Keras layers as pure functions of their variables, for `_coupling.run`.
 
-A layer is called in a `keras.StatelessScope`. The scope gives it the values of its
-variables and collects the new values. A second call with the same values then does the
-same. Effects that cannot be repeated are refused: otherwise they would happen twice, or
-get no gradient.
+The functions call a layer in a `keras.StatelessScope`. The scope gives it the values of
+its variables and collects the new values. A second call with the same values then gives
+the same result. The functions refuse layers with effects that cannot be repeated. Such
+effects would happen twice, or get no gradient.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import tensorflow as tf
 from revnet_tf import _coupling
 from revnet_tf._pair import Pair
 
-# Operations with another result, or a further effect, when they are executed again.
+# Operations whose second execution has another result, or a further effect.
 _STATEFUL = re.compile(
     "(?!Stateless|RandomIndexShuffle)"
     ".*(Random|Multinomial|TruncatedNormal|Rng|Assign|ResourceScatter|"
@@ -33,10 +33,10 @@ class CallArguments(NamedTuple):
     """The arguments of branches beside their inputs.
 
     Attributes:
-        training: bool.
-        masks: for each stream its mask, or `None`.
+        training: bool, whether the step is one of training.
+        masks: tuple, for each stream its mask or `None`.
         extra: dict, the further keyword arguments of the block's call.
-        fraction_bits: of streams in fixed point, or `None`.
+        fraction_bits: int, the fraction bits of fixed-point streams, or `None`.
     """
 
     training: bool
@@ -45,7 +45,7 @@ class CallArguments(NamedTuple):
     fraction_bits: int | None = None
 
     def of(self, layer, stream):
-        """Returns the arguments that `layer` takes, as a branch of that stream."""
+        """Returns the arguments that `layer` takes as a branch of a stream."""
         named = {k: v for k, v in self.extra.items() if accepts(layer, k)}
         mask = self.masks[stream]
         if mask is not None and "mask" in inspect.signature(layer.call).parameters:
@@ -56,11 +56,11 @@ class CallArguments(NamedTuple):
         """Returns a branch as a function from a list of tensors to a list.
 
         Args:
-            layer: the branch.
-            stream: int, the stream that it takes.
-            owner: the `Variables` with which the function is pure; `None` for an
-                ordinary function.
-            pair: the `Pair` that splits its output.
+            layer: Keras layer, the branch.
+            stream: int, the stream that the branch takes.
+            owner: `Variables` of a pure function. `None`: the function is an ordinary
+                one.
+            pair: `Pair` that splits the output.
         """
         arguments = self.of(layer, stream)
 
@@ -69,8 +69,9 @@ class CallArguments(NamedTuple):
             return pair.split([tf.cast(y, x.dtype)])
 
         if owner is None:
-            # The gradients of a branch for its input are summed before the gradient of
-            # the other stream is added, as in the recomputation: equal sums.
+            # The identities give a sum the same order as in the recomputation. First
+            # come the gradients of the branch for its input, then that of the other
+            # stream.
             return lambda inputs: call(*map(tf.identity, inputs), **arguments)
         return owner.function(layer.name, call, arguments)
 
@@ -79,14 +80,14 @@ class Variables:
     """The variables of a layer.
 
     Attributes:
-        weights: the variables with gradients, and the floating-point tensors among the
-            arguments of its functions.
-        state: the other variables.
+        weights: list of the variables with gradients, and of the floating-point
+            tensors among the arguments of its functions.
+        state: list of the other variables.
     """
 
     def __init__(self, layer):
-        # A frozen layer has no `trainable_variables`, even if one of its layers is
-        # trainable again.
+        # Not `trainable_variables`: a frozen layer has none, even if one of its layers
+        # is trainable again.
         self.weights = [v for v in layer.variables if v.trainable]
         self.state = [v for v in layer.variables if not v.trainable]
 
@@ -95,12 +96,13 @@ class Variables:
 
         Args:
             name: str, the name of the layer, for messages.
-            call: `call(*inputs, **arguments)` returns a list of tensors.
-            arguments: dict of nested structures, sparse and ragged tensors among them.
+            call: function, `call(*inputs, **arguments)` returns a list of tensors.
+            arguments: dict of nested structures, which can contain sparse and ragged
+                tensors.
         """
         given = tf.nest.flatten(arguments, expand_composites=True)
         where = [i for i, value in enumerate(given) if _is_differentiable(value)]
-        # Branches that share a tensor find it at one position: it has one gradient.
+        # Branches that share a tensor get one position, and the tensor one gradient.
         positions = _positions([given[i] for i in where], self.weights)
 
         def apply(weights, state, inputs):
@@ -131,26 +133,28 @@ class Function:
         return self.trace(weights, state, inputs)[:3]
 
     def trace(self, weights, state, inputs):
-        """Returns also for each weight whether the layer read it."""
+        """Returns also a list of bools: whether the layer read each weight."""
         *results, read = self._apply(weights, state, inputs)
         self._first_read = self._first_read or read
         if self._first_read != read:
             raise ValueError(
-                f"{self._name} reads its weights when it is called first, and not when "
-                "it is called again. A `tf.function` does that: it goes on using the "
-                "value of its first call. Remove the decorator (the training step is a "
-                "graph anyway), or set `recompute=False` on the block."
+                "Expected a branch that reads the same weights in each call; "
+                f"{self._name} reads others in its second call. A `tf.function` does "
+                "so, because it continues to use the values of its first call. Remove "
+                "the decorator (the training step is a graph anyway), or set "
+                "`recompute=False` on the block."
             )
         return *results, read
 
     def check(self, gradients, read):
-        """Refuses a layer that reads a weight and gives no gradient for it."""
+        """Raises an error if the layer read a weight that gets no gradient."""
         if any(r and d is None for d, r in zip(gradients, read, strict=True)):
             raise ValueError(
-                f"{self._name} reads a trainable weight, but no gradient reaches it. A "
-                "custom gradient or rematerialization inside a branch expects weights "
-                "that are variables, and these are tensors here. Remove it (the block "
-                "recomputes already), or set `recompute=False` on the block."
+                f"Expected a gradient for each trainable weight that {self._name} "
+                "reads; for one of them, no gradient reaches it. A custom gradient or "
+                "rematerialization inside a branch needs weights that are variables, "
+                "but here they are tensors. Remove it (the block recomputes already), "
+                "or set `recompute=False` on the block."
             )
 
 
@@ -158,11 +162,11 @@ def steps(blocks):
     """Returns blocks as steps of a run, and the variables of the run.
 
     Args:
-        blocks: list of `(block, variables, traces, observe)`: see `_coupling.Step`.
+        blocks: list of tuples `(block, variables, traces, observe)`; see
+            `_coupling.Step`.
 
     Returns:
-        The steps, the weights and the state. The variables of several blocks stand in
-        the two lists once.
+        The steps, the weights and the state. A variable of several blocks occurs once.
     """
     weights, state, found = [], [], []
     for block, variables, traces, observe in blocks:
@@ -173,7 +177,7 @@ def steps(blocks):
 
 
 def values(variables):
-    """Returns the present values of variables, or of tensors, as tensors."""
+    """Returns the current values of variables, or of tensors, as tensors."""
     return [
         tf.convert_to_tensor(v.value if isinstance(v, keras.Variable) else v)
         for v in variables
@@ -181,10 +185,12 @@ def values(variables):
 
 
 def likeness(layer, branches):
-    """Returns a text that is equal for layers which differ in names and values only.
+    """Returns a text that is equal for layers with equal configuration and shapes.
+
+    Names of layers and values of variables do not change the text.
 
     Args:
-        layer: a layer.
+        layer: Keras layer.
         branches: list of the layers in it that its call depends on.
     """
     # `_flatten_layers` finds layers in all attributes; no public method does.
@@ -205,23 +211,24 @@ def likeness(layer, branches):
 
 
 def trainability(layer):
-    """Returns what is trainable of a layer: its layers, and their variables."""
+    """Returns for each layer in a layer, and each variable, whether it is trainable."""
     inner = [x.trainable for x in layer._flatten_layers()]
     return *inner, *(v.trainable for v in layer.variables)
 
 
 @contextlib.contextmanager
 def repeatable_operations():
-    """Refuses operations, added to a graph in the context, that cannot be repeated.
+    """Refuses operations that cannot be repeated, if the context adds them to a graph.
 
     Raises:
-        ValueError: naming the operations.
+        ValueError: the context added such operations. The message names them.
     """
     if tf.executing_eagerly():
         yield
         return
     graph = tf.compat.v1.get_default_graph()
-    # The replicas of a strategy take turns at one graph, in name scopes of their own.
+    # The replicas of a strategy add operations to one graph in turns. Each uses a name
+    # scope of its own.
     scope = tf.get_current_name_scope()
     first = len(graph.get_operations())
     yield
@@ -242,8 +249,8 @@ def repeatable_operations():
         raise ValueError(
             f"Expected a branch that can be repeated; it uses {', '.join(found)}, with "
             "another result in the recomputation. Draw random numbers with "
-            "`keras.random` and a `keras.random.SeedGenerator` of the layer, store "
-            "state in the layer's own variables (`add_weight`), or set "
+            "`keras.random` and a `keras.random.SeedGenerator` of the layer. Store "
+            "state in the layer's own variables (`add_weight`). Or set "
             "`recompute=False` on the block."
         )
 
@@ -258,7 +265,8 @@ def trace(steps, inputs, weights, state):
     """Traces steps that ran in eager mode, under `repeatable_operations`.
 
     Args:
-        inputs, weights, state: the lists of tensors of the run.
+        steps: list of `_coupling.Step`.
+        inputs, weights, state: lists of the tensors of the run.
     """
 
     @tf.function(autograph=False)
@@ -276,13 +284,13 @@ def trace(steps, inputs, weights, state):
 
 
 def accepts(layer, name):
-    """Returns whether the `call` of a layer takes an argument of that name."""
+    """Returns whether the `call` of a layer takes an argument with a name."""
     parameters = inspect.signature(layer.call).parameters.values()
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class _Scope(keras.StatelessScope):
-    """Gives a layer its values, collects the new ones, and refuses side effects."""
+    """Gives a layer its values, collects the new values, and refuses side effects."""
 
     def __init__(self, name, variables, weights, state):
         super().__init__(collect_losses=True)
@@ -306,23 +314,25 @@ class _Scope(keras.StatelessScope):
         variable, value = update
         if id(variable) not in self.state_mapping:
             raise ValueError(
-                f"{self._name} changes {variable.path}, which is not among its "
-                "`variables`. The states of a stateful RNN are not, nor is Keras's "
-                "global seed generator. Create the variable with `add_weight`, or as a "
-                "`keras.random.SeedGenerator` of the layer, or set `recompute=False` "
+                "Expected a branch that changes only its own `variables`; "
+                f"{self._name} changes {variable.path}. The states of a stateful RNN "
+                "are not among these variables, nor is Keras's global seed generator. "
+                "Create the variable with `add_weight`, or as a "
+                "`keras.random.SeedGenerator` of the layer. Or set `recompute=False` "
                 "on the block."
             )
         if id(variable) in self._weights:
             raise ValueError(
-                f"{self._name} assigns its own trainable weight {variable.path} in its "
-                "call, which the recomputation cannot follow; set `recompute=False` on "
-                "the block."
+                "Expected a branch that changes no trainable weight in its call; "
+                f"{self._name} assigns its own trainable weight {variable.path}, which "
+                "the recomputation cannot follow. Set `recompute=False` on the block."
             )
         if _current_graph() is not self._graph:
             raise ValueError(
-                f"{self._name} changes its variable {variable.path} inside `tf.cond`, "
-                "`tf.while_loop` or `tf.function`, from where the new value cannot "
-                "leave; set `recompute=False` on the block."
+                "Expected a branch that changes its variables outside of `tf.cond`, "
+                f"`tf.while_loop` and `tf.function`; {self._name} changes "
+                f"{variable.path} inside, from where the new value cannot leave. Move "
+                "the change, or set `recompute=False` on the block."
             )
         super().add_update(update)
 
@@ -333,8 +343,8 @@ class _Scope(keras.StatelessScope):
 class _InACall(keras.layers.Layer):
     """Calls a function as part of a layer's call.
 
-    Keras clears the losses of a layer at the start of an outermost call. A second call
-    of a branch must not clear those of the forward pass.
+    Keras clears the losses of a layer at the start of an outermost call. The second
+    call of a branch must not clear the losses of the forward pass.
     """
 
     def call(self, function):
@@ -350,7 +360,7 @@ def _is_differentiable(value):
 
 
 def _positions(values, among):
-    """Returns where `values` stand in the list `among`; appends missing ones."""
+    """Returns the positions of `values` in the list `among`; appends missing ones."""
     known = {id(v): i for i, v in enumerate(among)}
     for v in values:
         if id(v) not in known:

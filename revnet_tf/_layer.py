@@ -1,4 +1,4 @@
-"""The Keras side of a run: what all layers that recompute have in common."""
+"""The Keras side of a run: the base classes of all layers that recompute."""
 
 import contextvars
 import functools
@@ -12,31 +12,32 @@ from revnet_tf import _coupling, _fixed_point, _functional
 from revnet_tf._functional import CallArguments, Variables
 from revnet_tf._pair import Pair, joined_shape, pair_of, stream_shapes
 
-# Attribute of a symbolic output tensor: its `_Origin`.
+# The attribute of a symbolic output tensor that holds its `_Origin`.
 _ORIGIN = "_revnet_tf_origin"
 
 _observer = contextvars.ContextVar("observer", default=None)
 
 
 class Observer:
-    """Follows the layers that are called in its context, `with Observer(): ...`.
+    """Observes the calls of layers in its context, `with Observer(): ...`.
 
-    A subclass overrides what it needs.
+    Subclasses override the attribute `reconstructed` or the method `called`.
 
     Args:
-        store: bool, whether the layers store their activations, whatever their
-            `recompute` says.
+        store: bool; `True`: all layers store their activations, also those with
+            `recompute=True`. Defaults to `False`.
     """
 
-    # Or `reconstructed(layer, inputs, reconstructed)`, called in the backward pass of
-    # each block: two lists of tensors, the true inputs and the reconstructed ones.
+    # `None`, or a method `reconstructed(layer, inputs, reconstructed)`. The backward
+    # pass of each block calls it with the true and with the reconstructed inputs, two
+    # lists of tensors.
     reconstructed = None
 
     def __init__(self, store=False):
         self.store = store
 
     def called(self, layer):
-        """Is called in each call of a layer, in the name scope of the call."""
+        """Runs in each call of a layer, in the name scope of the call."""
 
     def __enter__(self):
         self._token = _observer.set(self)
@@ -47,12 +48,12 @@ class Observer:
 
 
 class _Origin(NamedTuple):
-    """Where a tensor comes from.
+    """The run that returned a tensor.
 
     Attributes:
-        handoff: the `Handoff` of the run.
+        handoff: `Handoff` of the run.
         index: int, the position among the outputs of the run.
-        fraction_bits: int or `None`, of the streams.
+        fraction_bits: int or `None`, the fraction bits of the streams.
     """
 
     handoff: _coupling.Handoff
@@ -63,21 +64,21 @@ class _Origin(NamedTuple):
 class RunLayer(keras.layers.Layer):
     """A layer whose call is a run of blocks.
 
-    A subclass defines `block`, and names in `LAYERS` the constructor arguments that are
-    layers or lists of them.
+    Subclasses define `block`. In `LAYERS` they name the constructor arguments that are
+    layers or lists of layers.
 
-    The outputs have the variable dtype of the policy, under a mixed policy, too. Only
+    The outputs have the variable dtype of the policy, also under a mixed policy. Only
     the branches compute in the lower precision.
 
     Args:
-        recompute: bool; `False`: use ordinary backpropagation.
+        recompute: bool; `False`: use ordinary backpropagation. Defaults to `True`.
     """
 
     LAYERS = ()
     # Whether the backward pass of the first block uses stored inputs.
     stores_inputs = True
     fraction_bits = None
-    # The token that `promise_alike` gives to layers of one kind.
+    # `promise_alike` gives one token to all layers that compute the same function.
     _promise = None
 
     def __init__(self, *, recompute=True, dtype=None, **kwargs):
@@ -88,16 +89,17 @@ class RunLayer(keras.layers.Layer):
         self._traced = set()
 
     def block(self, arguments, owner=None):
-        """Returns the block of `_coupling` that the layer is.
+        """Returns the layer as a block of `_coupling`.
 
         Args:
-            arguments: `CallArguments`.
-            owner: the `Variables` of its pure functions; `None` for ordinary ones.
+            arguments: `CallArguments` of the call.
+            owner: `Variables` of the layer, for pure functions. `None`: the functions
+                of the block are ordinary ones.
         """
         raise NotImplementedError
 
     def blocks_in_order(self):
-        """Yields the layers whose blocks are the run, and whether each recomputes."""
+        """Yields each layer of the run, and whether its block recomputes."""
         yield self, self.recompute
 
     def branches(self):
@@ -105,7 +107,7 @@ class RunLayer(keras.layers.Layer):
 
     def __call__(self, *args, **kwargs):
         if not self.built:
-            # Keras tells `build` the shape of the inputs only.
+            # Keras passes only the shape of the inputs to `build`.
             self._extra_specs = _specs(kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -122,7 +124,7 @@ class RunLayer(keras.layers.Layer):
         super().build_from_config({"input_shape": config["input_shape"]})
 
     def apply_blocks(self, inputs, arguments, pair_in, pair_out):
-        """Returns what the blocks make of a list of tensors, as a list of tensors."""
+        """Applies the blocks to a list of tensors, and returns a list of tensors."""
         if observer := _observer.get():
             observer.called(self)
         store = not arguments.training or bool(observer and observer.store)
@@ -164,7 +166,7 @@ class RunLayer(keras.layers.Layer):
         same = [_Origin(handoff, i, fraction_bits) for i in range(handoff.num_outputs)]
         if origins != same or handoff.pair != pair_in:
             return None
-        # A run in another format would give back other values.
+        # A run with other fraction bits would give back other values.
         if fraction_bits != self.fraction_bits and not self.stores_inputs:
             return None
         return handoff
@@ -191,7 +193,7 @@ class RunLayer(keras.layers.Layer):
         return result.outputs, result.handoff
 
     def _trace_once(self, layers, steps, inputs, pair_in, *tensors):
-        # Only a graph shows the operations of a branch.
+        # Eager mode does not show the operations of a branch; a graph does.
         if not tf.executing_eagerly() or _num_replicas() > 1:
             return
         if not self._traced >= {id(layer) for layer in layers}:
@@ -199,11 +201,11 @@ class RunLayer(keras.layers.Layer):
             self._traced.update(id(layer) for layer in layers)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        # In a `keras.RematScope`: the layer recomputes already.
+        # Keras calls this method in a `keras.RematScope`. The layer recomputes already.
         return layer_call
 
     def get_config(self):
-        # The layers themselves: Keras serializes them, and notices shared ones.
+        # Live layers, because Keras serializes them and recognizes shared ones.
         layers = {name: getattr(self, name) for name in self.LAYERS}
         return {**super().get_config(), "recompute": self.recompute, **layers}
 
@@ -216,8 +218,8 @@ class RunLayer(keras.layers.Layer):
         for name in extra:
             if not any(_functional.accepts(layer, name) for layer in self.branches()):
                 raise TypeError(
-                    f"{self.name} got an unexpected argument {name!r}: the call of "
-                    "none of its branches names it."
+                    f"Expected an argument that a branch of {self.name} names in its "
+                    f"`call`; got {name!r}. Remove it, or add it to a branch."
                 )
         return CallArguments(_static_bool(training), masks, extra, self.fraction_bits)
 
@@ -225,14 +227,14 @@ class RunLayer(keras.layers.Layer):
         """Returns nested tensors in the dtype of the layer."""
         if any(tf.as_dtype(x.dtype).is_complex for x in tf.nest.flatten(inputs)):
             raise ValueError(
-                f"{self.name} takes real numbers, and got complex ones; give it real "
+                f"Expected real numbers; {self.name} got complex ones. Give it real "
                 "and imaginary parts as channels, for example."
             )
-        # Keras casts floating-point inputs only; integers would truncate the sums.
+        # Keras casts only floating-point inputs. Integers would truncate the sums.
         return tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
 
     def shape_after(self, layer, shape):
-        """Returns the shape to which `layer` maps a tensor, and builds the layer."""
+        """Builds `layer`, and returns the shape to which it maps a tensor."""
         extra = {
             k: v for k, v in self._extra_specs.items() if _functional.accepts(layer, k)
         }
@@ -242,31 +244,33 @@ class RunLayer(keras.layers.Layer):
             output = layer(x, training=False, **extra)
         except TypeError as error:
             raise TypeError(
-                f"{layer.name} cannot be called on one stream of shape {shape}, as a "
-                f"branch has to be; give what else it needs to {self.name} by keyword. "
-                f"{error}"
+                f"Expected a branch that takes one stream; {layer.name} cannot be "
+                f"called on one stream of shape {shape}. Give its other arguments to "
+                f"{self.name} by keyword. {error}"
             ) from error
         if isinstance(output, keras.KerasTensor):
             return output.shape
         raise ValueError(
-            f"{layer.name} returns {type(output).__name__}; a layer that works on a "
-            "stream must return one tensor."
+            f"Expected a branch that returns one tensor; {layer.name} returns "
+            f"{type(output).__name__}. Change its `call`."
         )
 
 
 class PairLayer(RunLayer):
-    """A layer that maps two streams, or one tensor split in two, to the same.
+    """A layer that maps two streams to two streams.
 
-    A subclass defines `build_streams(shape1, shape2)`, too.
+    The input is a pair of tensors, or one tensor that the layer splits. The output has
+    the same structure. Subclasses also define `build_streams(shape1, shape2)`.
 
     Args:
-        axis: int, the axis on which one tensor is split into two streams.
+        axis: int, the axis on which one tensor is split into two streams. Defaults to
+            `-1`.
     """
 
     def __init__(self, *, axis=-1, **kwargs):
         super().__init__(**kwargs)
         if not isinstance(axis, int) or isinstance(axis, bool):
-            raise ValueError(f"axis={axis!r} must be an integer, as -1 or 3.")
+            raise ValueError(f"axis must be an integer, such as -1; got axis={axis!r}.")
         self.axis = axis
 
     def build(self, input_shape):
@@ -286,7 +290,7 @@ class PairLayer(RunLayer):
         return {**super().get_config(), "axis": self.axis}
 
     def stream_shapes(self, input_shape):
-        """Returns the shapes of both streams; refuses an input that cannot be split."""
+        """Returns the shapes of both streams, or raises an error if there are none."""
         return stream_shapes(self.name, input_shape, self.axis)
 
     def joined_shape(self, shape1, shape2, input_shape):
@@ -294,7 +298,7 @@ class PairLayer(RunLayer):
 
 
 def promise_alike(layers):
-    """Promises that layers compute one function of their variables: traced once."""
+    """Promises that layers compute one function. TensorFlow then traces it once."""
     promise = object()
     for layer in layers:
         layer._promise = promise
@@ -306,8 +310,8 @@ def _shared_traces(layers):
     Raises:
         ValueError: layers with one promise differ in configuration or in shapes.
     """
-    # A `tf.function` hides collectives from the replicas of a strategy, and tensors and
-    # name scopes from an observer.
+    # A `tf.function` hides collectives from the replicas of a strategy. It also hides
+    # tensors and name scopes from an observer.
     if tf.executing_eagerly() or _num_replicas() > 1 or _observer.get():
         return [None] * len(layers)
     kinds, traces, found = {}, {}, []
@@ -318,9 +322,9 @@ def _shared_traces(layers):
         kind = _functional.likeness(layer, layer.branches())
         if kinds.setdefault(layer._promise, kind) != kind:
             raise ValueError(
-                f"{layer.name} was made like its neighbours, and has another "
+                f"Expected blocks of a stage that are alike; {layer.name} has another "
                 "configuration or other shapes now. Save and load the model after such "
-                "a change: its layers are then traced one by one."
+                "a change: TensorFlow then traces its layers one by one."
             )
         trainable = _functional.trainability(layer)
         key = layer._promise, trainable, getattr(layer, "anchor", False)
@@ -329,10 +333,10 @@ def _shared_traces(layers):
 
 
 def restore_layers(config, names, memo=None):
-    """Returns `config` with the layers under `names` made anew.
+    """Returns `config` with new layers under `names`.
 
-    They come serialized from a file, and as live layers from `get_config`. A layer that
-    is used twice is made once.
+    `config` holds serialized layers from a file, or live layers from `get_config`. The
+    function makes one new layer for a layer that occurs twice.
     """
     memo = {} if memo is None else memo
 
@@ -342,7 +346,7 @@ def restore_layers(config, names, memo=None):
         if not isinstance(value, keras.layers.Layer):
             if "module" in value:
                 return keras.saving.deserialize_keras_object(value)
-            # An HDF5 file names no modules. Only models read such configurations.
+            # HDF5 files name no modules. Only models read such configurations.
             return keras.Sequential.from_config(
                 {"name": None, "layers": [value]}
             ).layers[0]
@@ -383,7 +387,7 @@ def _specs(arguments):
         name: tf.nest.map_structure(spec, value)
         for name, value in arguments.items()
         if name not in ("inputs", "training", "mask")
-        # Keras refuses a nested argument of tensors and other values.
+        # Keras refuses a nested argument that mixes tensors and other values.
         and all(
             hasattr(x, "shape") and hasattr(x, "dtype") for x in tf.nest.flatten(value)
         )
@@ -391,7 +395,7 @@ def _specs(arguments):
 
 
 def _restored_specs(config):
-    """Returns what `get_build_config` has written as nested symbolic tensors."""
+    """Returns the output of `get_build_config` as nested symbolic tensors."""
     if isinstance(config, dict):
         return {name: _restored_specs(value) for name, value in config.items()}
     if len(config) > 1 and isinstance(config[1], str):
@@ -400,13 +404,14 @@ def _restored_specs(config):
 
 
 def _static_bool(training):
-    """Returns `training` as a bool; `None` is inference, as for all layers of Keras."""
+    """Returns `training` as a bool. `None` is inference, as in all layers of Keras."""
     if training is None:
         return False
     if tf.is_tensor(training):
         training = tf.get_static_value(training)
     if training is None or not hasattr(training, "__bool__"):
         raise ValueError(
-            "training must be known when the model is traced; pass a Python bool."
+            "Expected a value of `training` that is known when the model is traced; "
+            "got an unknown one. Pass a Python bool."
         )
     return bool(training)

@@ -1,4 +1,4 @@
-"""One tensor or two: how the inputs of a layer are a pair of streams."""
+"""One tensor or two: the pair of streams in the inputs of a layer."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import tensorflow as tf
 
 
 class Pair(NamedTuple):
-    """Splits a list of tensors into streams, and joins streams to such a list.
+    """Splits a list of tensors into streams, and joins streams to a list of tensors.
 
     Attributes:
-        axis: int, the axis of one tensor that is split evenly. `None`: the tensors are
-            the streams.
+        axis: int, the axis on which one tensor is split evenly. `None`: the tensors
+            are the streams.
     """
 
     axis: int | None = None
@@ -21,11 +21,11 @@ class Pair(NamedTuple):
     def join(self, streams):
         if self.axis is not None:
             return [tf.concat(streams, self.axis)]
-        # New tensors: a block uses its first stream, too, to compute the second.
+        # New tensors, because a block also uses its first stream to compute the second.
         return [tf.identity(stream) for stream in streams]
 
     def split_mask(self, mask):
-        """Returns the mask of each stream, `None` for a stream without."""
+        """Returns the mask of each stream, or `None` for a stream without a mask."""
         if mask is None:
             return None, None
         if self.axis is None:
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 def pair_of(inputs, axis):
-    """Returns the `Pair` of one tensor, split on `axis`, or of a pair of tensors."""
+    """Returns the `Pair` for one tensor, split on `axis`, or for a pair of tensors."""
     if isinstance(inputs, (list, tuple)):
         return Pair()
     return Pair(axis % len(inputs.shape))
@@ -47,11 +47,11 @@ def stream_shapes(name, shapes, axis):
 
     Args:
         name: str, the name of the layer, for messages.
-        shapes: the shape of one tensor, or a pair of shapes.
+        shapes: tuple, the shape of one tensor, or a pair of shapes.
         axis: int, the axis on which one tensor is split.
 
     Raises:
-        ValueError: there are no two streams.
+        ValueError: the shapes give no two streams.
     """
     if isinstance(shapes, tf.TensorShape):
         shapes = tuple(shapes.as_list())
@@ -71,17 +71,17 @@ def stream_shapes(name, shapes, axis):
     rank = len(shapes)
     if not -rank <= axis < rank or axis % rank == 0:
         raise ValueError(
-            f"axis={axis} is not an axis that an input of shape {tuple(shapes)} can be "
-            f"split on; use one from 1 to {rank - 1}, or a negative one (axis 0 is the "
-            "batch)."
+            f"Expected an axis from 1 to {rank - 1}, or a negative one, for an input "
+            f"of shape {tuple(shapes)}; got axis={axis}. Axis 0 is the batch, which "
+            "cannot be split."
         )
     size = shapes[axis]
     if not size or size % 2:
         entries = "an unknown number of" if size is None else size
         raise ValueError(
-            f"An input of shape {tuple(shapes)} has {entries} entries on axis={axis}, "
-            "which cannot be split into two equal streams; use an even number, or call "
-            "the layer on a pair (x1, x2)."
+            "Expected an input that can be split into two equal streams; the shape "
+            f"{tuple(shapes)} has {entries} entries on axis={axis}. Use an even "
+            "number, or call the layer on a pair (x1, x2)."
         )
     shape = list(shapes)
     shape[axis] = size // 2
@@ -89,7 +89,7 @@ def stream_shapes(name, shapes, axis):
 
 
 def joined_shape(shape1, shape2, input_shape, axis):
-    """Returns the shape of the output for an input of shape `input_shape`."""
+    """Returns the shape of the output, one or a pair as `input_shape` is."""
     if isinstance(input_shape[0], (list, tuple)):
         return [shape1, shape2]
     shape = list(shape1)

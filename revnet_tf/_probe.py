@@ -1,4 +1,4 @@
-"""The passes with which `numerics` measures a model, and what is computed from them."""
+"""The forward and backward passes with which `numerics` measures a model."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,11 +13,11 @@ from revnet_tf.layers import RevBlock
 
 
 class BlockError(NamedTuple):
-    """How far the reconstructed inputs of a block are from the true ones.
+    """The difference between the reconstructed and the true inputs of a block.
 
     Attributes:
-        relative: float, norm of the difference, divided by that of the true inputs.
-        absolute: float, largest difference of two values.
+        relative: float, the norm of the difference, divided by that of the true inputs.
+        absolute: float, the largest difference of two values.
     """
 
     relative: float
@@ -25,14 +25,15 @@ class BlockError(NamedTuple):
 
 
 class GradientAngle(NamedTuple):
-    """Angles in degrees between two gradients of one training step.
+    """The angles in degrees between two gradients of one training step.
 
-    Activations are reconstructed for the first gradient and stored for the second.
+    The first gradient uses reconstructed activations, the second stored activations.
 
     Attributes:
-        overall: float, the angle of all trainable variables as one vector.
-        by_variable: dict from the path of a variable to its angle. Variables of equal
-            paths have a number after it: `kernel`, `kernel_1`.
+        overall: float, the angle of the gradients for all trainable variables as one
+            vector.
+        by_variable: dict from the path of a variable to its angle. Equal paths get a
+            number: `kernel`, `kernel_1`.
     """
 
     overall: float
@@ -40,23 +41,24 @@ class GradientAngle(NamedTuple):
 
 
 class Pass:
-    """Forward and backward pass of a training step that leaves the model as it was.
+    """Forward and backward pass of a training step. It does not change the model.
 
     Args:
-        layer: a built model or layer.
+        layer: built model or layer.
         loss: function, `loss(outputs, *data)` returns a scalar.
-        data: list of the arguments of `loss`; the first is the input of the layer.
-        stored: bool, whether all activations are stored.
+        data: list, the arguments of `loss`. The first is the input of the layer.
+        stored: bool, whether the pass stores all activations. Defaults to `False`.
 
     Attributes:
-        blocks: dict from a unique name to a block whose inputs are reconstructed, in
-            forward order.
+        blocks: dict from a unique name to a block whose inputs the pass reconstructs,
+            in forward order.
     """
 
     def __init__(self, layer, loss: Callable, data: list, stored: bool = False):
         if not layer.built:
             raise ValueError(
-                f"{layer.name} has no weights yet; call or build it first."
+                f"Expected a layer with weights; {layer.name} has none yet. Call or "
+                "build it first."
             )
         self.layer = layer
         self.loss = loss
@@ -66,7 +68,7 @@ class Pass:
         self._function = _as_trained(layer, self._run, self._data)
 
     def __call__(self) -> tuple[list, dict[str, BlockError]]:
-        """Returns the gradients, arrays or `None`, and the errors by block."""
+        """Returns the gradients, as arrays or `None`, and the errors by block."""
         gradients, errors = self._function(*self._data)
         gradients = [None if d is None else d.numpy() for d in gradients]
         errors = [BlockError(*map(float, error)) for error in errors]
@@ -77,7 +79,7 @@ class Pass:
         variables = self.layer.trainable_variables
         weights = [tf.convert_to_tensor(v.value) for v in variables]
         inputs = [t for t in tf.nest.flatten(x) if t.dtype.is_floating]
-        # The scope catches assignments and losses of the pass.
+        # The scope collects assignments and losses of the pass.
         scope = keras.StatelessScope(
             list(zip(variables, weights, strict=True)), collect_losses=True
         )
@@ -95,7 +97,7 @@ class Pass:
 
 
 class _Errors(Observer):
-    """Collects the error of each block as a tensor, the largest of several calls."""
+    """Collects the error of each block as a tensor, the largest of all its calls."""
 
     def __init__(self):
         super().__init__()
@@ -108,13 +110,13 @@ class _Errors(Observer):
 
 
 class Probe:
-    """Measures a compiled model on one batch, again and again."""
+    """Measures a compiled model on one batch, any number of times."""
 
     def __init__(self, model, x, y, sample_weight=None):
         if not getattr(model, "compiled", False):
             raise ValueError(
-                f"{model.name} is not compiled; call `model.compile` with the loss "
-                "whose gradient is measured."
+                f"Expected a compiled model; {model.name} is not compiled. Call "
+                "`model.compile` with the loss whose gradient is measured."
             )
         self.model = model
         self._data = [x, y] if sample_weight is None else [x, y, sample_weight]
@@ -135,14 +137,15 @@ class Probe:
         reconstructed, errors = self._reconstructed()
         if not errors:
             raise ValueError(
-                f"{self.model.name} has no `RevBlock` whose activations are "
-                "reconstructed in training; there is nothing to watch."
+                "Expected a `RevBlock` that reconstructs activations in training; "
+                f"{self.model.name} has none, so there is nothing to watch. Set "
+                "`recompute=True` on a block."
             )
         stored, _ = self._stored()
         return errors, angle(reconstructed, stored, self.model.trainable_variables)
 
     def set_anchors(self, max_error: float, max_angle: float) -> list[str]:
-        """Sets anchors as `numerics.set_anchors`; returns the names of the blocks."""
+        """Sets anchors as `numerics.set_anchors` does, and returns their names."""
         errors, found = self.measure()
         blocks = list(self.blocks.values())
         spacing = max(len(blocks) // 2, 1)
@@ -162,18 +165,18 @@ class Probe:
         loss = self.model.compute_loss(x, y, outputs, sample_weight)
         if self.model.optimizer is None:
             return loss
-        # Small gradients of float16 would be lost without the scale of training.
+        # Without the scale of training, small float16 gradients would become zero.
         return self.model.optimizer.scale_loss(loss)
 
 
 def within(errors, found: GradientAngle, max_error: float, max_angle: float) -> bool:
-    """Returns whether both bounds hold; NaN breaks that of errors only."""
+    """Returns whether both bounds hold. NaN violates only the bound of the error."""
     error = errors[worst(errors)].relative
     return error <= max_error and not found.overall > max_angle
 
 
 def worst(errors: dict[str, BlockError]) -> str:
-    """Returns the block of the largest relative error; NaN is larger than any."""
+    """Returns the block with the largest relative error. NaN counts as the largest."""
     return max(errors, key=lambda name: nan_last(errors[name].relative))
 
 
@@ -197,7 +200,7 @@ def angle(reconstructed, stored, variables) -> GradientAngle:
 
 
 def degrees(pairs) -> float:
-    """Returns the angle between two vectors, given in pairs of pieces.
+    """Returns the angle between two vectors, given as a list of pairs of parts.
 
     The angle is twice the arc tangent of the norms of difference and sum of the unit
     vectors. Unlike the arc cosine of their product it is exact for small angles.
@@ -219,7 +222,7 @@ def degrees(pairs) -> float:
 
 
 def _unique(paths: Iterable[str]) -> list[str]:
-    """Returns the paths, with a number after those that occurred before."""
+    """Returns the paths, with a number after each that occurred before."""
     paths, names = list(paths), []
     for path in paths:
         name, number = path, 0
@@ -231,7 +234,7 @@ def _unique(paths: Iterable[str]) -> list[str]:
 
 
 def _as_trained(layer, function, data):
-    """Returns `function` as a training step executes it, for such data."""
+    """Returns `function` in the mode of a training step, for data of these shapes."""
     strategy, jit_compile = tf.distribute.get_strategy(), None
     if isinstance(layer, keras.Model):
         strategy, jit_compile = layer.distribute_strategy, layer.jit_compile

@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 TOLERANCE = 1e-5
-# For values that are not floating-point, such as the index of the largest value.
-# Rounding decides where two values are nearly equal.
+# The largest share of differing values that are not floating-point, such as the index
+# of the largest value. Where two values are nearly equal, rounding decides the index.
 MAX_DIFFERING_SHARE = 0.01
 
 
@@ -33,14 +33,15 @@ def main(path, examples):
             if fault:
                 sys.exit(f"{output} of {name}, example {number}, {fault}.")
     if "revnet_tf" in sys.modules:
-        sys.exit("Loading it has imported revnet_tf, which a server does not have.")
+        sys.exit("Loading it imported revnet_tf, which a server does not have.")
 
 
 def check_graph(name, graph):
     """Ends the process if the graph has an operation of a gradient."""
     nodes = [graph.node, *(function.node_def for function in graph.library.function)]
     found = {node.op for part in nodes for node in part}
-    # The gradient for an image is also the forward pass of a transposed convolution.
+    # Not `Conv2DBackpropInput`: it is also the forward pass of a transposed
+    # convolution.
     gradients = sorted(
         op for op in found if re.search(r"Grad(V\d)?$|Filter(V\d)?$", op)
     )
@@ -51,13 +52,14 @@ def check_graph(name, graph):
 
 
 def find_fault(got: np.ndarray, live: np.ndarray, tolerance: float) -> str | None:
-    """Returns how answers differ from those of the live model, or `None`.
+    """Returns the difference to the answers of the live model as a text, or `None`.
 
-    NaN equals NaN, and infinity equals infinity: they are answers of the model, too.
+    NaN equals NaN, and infinity equals infinity, because a model can return them.
 
     Args:
-        got, live: arrays, the answers.
-        tolerance: float, largest difference, relative to the largest value and to 1.
+        got, live: arrays, the answers of the file and of the model.
+        tolerance: float, the largest difference, relative to the largest value and
+            to 1.
     """
     if got.shape != live.shape:
         return f"has the shape {got.shape}, live {live.shape}"
@@ -76,7 +78,7 @@ def find_fault(got: np.ndarray, live: np.ndarray, tolerance: float) -> str | Non
 
 def _grouped(examples):
     grouped = collections.defaultdict(lambda: {"inputs": {}, "outputs": {}})
-    # Strings are arrays of objects.
+    # NumPy stores strings as arrays of objects.
     with np.load(examples, allow_pickle=True) as arrays:
         for key, array in arrays.items():
             signature, number, side, name = key.split("/")

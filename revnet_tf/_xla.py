@@ -1,11 +1,11 @@
-"""Whether XLA compiles what is being traced."""
+"""The question whether XLA compiles the current function."""
 
 import tensorflow as tf
 
-# There is no public answer. (The tests that run under XLA notice if it goes.)
+# TensorFlow has no public name for it. Tests under XLA fail if this one disappears.
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 
 def is_traced():
-    """Whether what is called now is traced for XLA, by `jit_compile=True`."""
+    """Returns whether TensorFlow traces the current function for `jit_compile=True`."""
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())

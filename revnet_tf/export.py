@@ -1,4 +1,4 @@
-"""Export of a trained model: plain inference, checked after writing."""
+"""Export of a trained model for inference. Each file is checked after writing."""
 
 import importlib
 import json
@@ -21,8 +21,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 from revnet_tf import _examples, _saved_model_check
 from revnet_tf._files import replacing
 
-# Largest difference between a file and the live model, relative to the largest value:
-# kernels of other runtimes add up in another order.
+# The largest difference between a file and the live model, relative to the largest
+# value. Kernels of other runtimes compute sums in another order.
 TOLERANCE = 1e-4
 
 
@@ -38,47 +38,52 @@ def export_saved_model(
 ) -> None:
     """Writes a model as a SavedModel that needs neither Keras nor this library.
 
-    Its signatures have an open batch size and refuse an empty batch. The graph is the
-    forward pass with `training=False`. It holds no gradient and recomputes nothing.
+    The SavedModel has these signatures:
 
-    - `serving_default` takes the model's input, `inputs`, and returns `predictions`,
-      the model's output. With `class_names` it also returns the index of the largest
-      prediction of each example, `class`, `(batch,)` int64, and its name,
-      `class_name`, `(batch,)` strings.
-    - One for each entry of `signatures` takes the same input.
-    - `encoded`, if `decode` is given, takes JPEG or PNG files, `image_bytes`,
-      `(batch,)` strings, and returns the outputs of `serving_default`.
+    - `serving_default` maps `inputs`, the model's input, to `predictions`, the model's
+      output. With `class_names` it also returns the index of the largest prediction of
+      each example, `class`, `(batch,)` int64, and its name, `class_name`, `(batch,)`
+      strings.
+    - Each entry of `signatures` gives a signature with the same input.
+    - `encoded` maps JPEG or PNG files, `image_bytes`, `(batch,)` strings, to the
+      outputs of `serving_default`. It exists if `decode` is given.
 
-    Outputs of 16 bits, as under a mixed policy, become float32. Beside the graph lie
-    `model_card.json` (name, number of parameters, signatures, class names, versions)
-    and a request for each signature with which TensorFlow Serving warms up.
+    The signatures take batches of any size and refuse an empty batch. Their graph is
+    the forward pass with `training=False`. It has no gradient and recomputes nothing.
+    Outputs of 16 bits, as under a mixed policy, become float32.
 
-    The folder appears under its name only when it is complete and checked: a process
-    of its own loads it and compares its answers with those of the model, as a graph on
-    a CPU, for batches of 1, 7 and 32. They may differ by 1e-5 of the largest value.
+    The folder also has `model_card.json`, with name, number of parameters, signatures,
+    class names and versions. TensorFlow Serving warms up with a request for each
+    signature, which is in the folder, too.
+
+    The folder appears under its name after its check. A process of its own loads it on
+    a CPU and compares its answers with those of the model, for batches of 1, 7 and 32.
+    The answers may differ by 1e-5 of the largest value.
 
     Args:
-        model: `keras.Model` with weights, one input and one output. A subclassed model
-            must have been called.
-        path: folder to write; it must not exist. TensorFlow Serving expects a number,
-            the version, as its name.
+        model: `keras.Model` with weights, one input and one output. Call a subclassed
+            model first.
+        path: path of the new folder; it must not exist. TensorFlow Serving expects a
+            number, the version, as its name.
         class_names: list of strings, one for each entry of the last axis of the
-            output.
-        signatures: dict from the name of a signature, which is that of its output too,
-            to a tensor of the model, as
-            `{"features": model.get_layer("avg_pool").output}`.
-        decode: function of a TensorFlow graph from a file, `()` string, to an image of
-            the model's input, `(height, width, channels)`; see `decode_image`.
-        card: dict, further entries of `model_card.json`.
+            output. Defaults to `None`.
+        signatures: dict from the name of a signature to a tensor of the model, such as
+            `{"features": model.get_layer("avg_pool").output}`. The output of the
+            signature has the same name. Defaults to `None`.
+        decode: function of a TensorFlow graph, maps a file, `()` string, to an image of
+            the model's input, `(height, width, channels)`; see `decode_image`. Defaults
+            to `None`.
+        card: dict, further entries of `model_card.json`. Defaults to `None`.
         examples: array, a batch of real inputs for the check and the warm-up. Defaults
-            to `None`: random inputs that suit the first layers of the model. If the
-            model answers none of them, a warning says that there is no check.
+            to `None`: the function draws random inputs that suit the first layers of
+            the model. If the model answers none of them, the function warns and skips
+            the check.
 
     Raises:
         FileExistsError: `path` exists already.
-        ValueError: the model has no weights, several inputs or outputs, or another
-            number of outputs than `class_names`; `signatures` has a name that is taken;
-            the model does not take `examples`.
+        ValueError: the model has no weights, several inputs or several outputs, or does
+            not take `examples`. Or `class_names` has another length than the output. Or
+            a name in `signatures` is taken.
         OSError, tf.errors.OpError: the folder cannot be written.
         RuntimeError: the written SavedModel does not reproduce the model's predictions,
             or its graph has a gradient.
@@ -88,12 +93,15 @@ def export_saved_model(
     classes = model.outputs[0].shape[-1]
     if class_names is not None and len(class_names) != classes:
         raise ValueError(
-            f"class_names has {len(class_names)} names, but {model.name} has {classes} "
-            "outputs; give one name for each."
+            f"Expected a name for each output of {model.name}; class_names has "
+            f"{len(class_names)} names for {classes} outputs. Give one name for each."
         )
     for name in signatures or ():
         if name in ("serving_default", "encoded"):
-            raise ValueError(f"signatures has {name!r}, which is taken; rename it.")
+            raise ValueError(
+                f"Expected new names in signatures; got {name!r}, which is taken. "
+                "Rename it."
+            )
 
     def predict(x):
         predictions = _answer(model, x)
@@ -111,7 +119,7 @@ def export_saved_model(
         image = tf.TensorSpec(spec.shape[1:], spec.dtype)
 
         def predict_encoded(files):
-            # `map_fn` fails at the first file that is no image.
+            # `map_fn` fails at the first file without an image.
             return predict(tf.map_fn(decode, files, fn_output_signature=image))
 
         files = tf.TensorSpec((None,), tf.string, name="image_bytes")
@@ -139,11 +147,12 @@ def decode_image(shape: tuple[int, int, int]) -> Callable:
     """Returns a function for `decode` that refuses images of another size.
 
     Args:
-        shape: `(height, width, channels)` of the model's input, in `uint8`.
+        shape: tuple `(height, width, channels)`, the shape of the model's `uint8`
+            input.
     """
 
     def decode(file):
-        # The operation reads JPEG, too.
+        # The operation also reads JPEG.
         return tf.ensure_shape(tf.io.decode_png(file, channels=shape[-1]), shape)
 
     return decode
@@ -158,36 +167,37 @@ def export_litert(
 ) -> None:
     """Writes a model for LiteRT, the runtime of small devices (once TensorFlow Lite).
 
-    Needs the extra `litert`. The file has one signature, `serving_default`, from the
-    model's input to `predictions`, with an open batch size. It appears under its name
-    only when LiteRT gives the answers of the model, to 1e-4 of the largest value. With
-    int8 arithmetic the root mean square of the error must be less than half of the
-    standard deviation of the answers.
+    The function needs the extra `litert`. The file has one signature,
+    `serving_default`, from the model's input to `predictions`, for batches of any size.
+
+    The file appears under its name if LiteRT gives the answers of the model, to 1e-4 of
+    the largest value. With int8 arithmetic the root mean square of the error must be
+    less than half of the standard deviation of the answers.
 
     Some layers, such as GRU, need operations of TensorFlow (Flex operations). LiteRT's
-    interpreter for Python does not have them: the file is then written with a warning
-    and without a check.
+    interpreter for Python does not have them. The function then writes the file with a
+    warning and without a check.
 
     Args:
-        model: `keras.Model` with weights, one input and one output. A subclassed model
-            must have been called.
-        path: file to write, `*.tflite`; it must not exist.
+        model: `keras.Model` with weights, one input and one output. Call a subclassed
+            model first.
+        path: path of the new file, `*.tflite`; it must not exist.
         representative_images: array of some hundred inputs, `(n, ...)`, in the dtype
-            of the model's input: convert to int8 arithmetic, with the ranges that are
-            found on them. Defaults to `None`, float32. Fixed-point streams,
-            `fraction_bits`, need more than 8 bits and fail the check.
-        examples: array, a batch of real inputs for the check. Defaults to `None`:
-            random inputs that suit the first layers of the model; with int8 arithmetic
-            the representative images. If the model answers no random input, a warning
-            says that there is no check.
+            of the model's input. The file then uses int8 arithmetic, with the ranges of
+            values on these inputs. Fixed-point streams, `fraction_bits`, need more than
+            8 bits and fail the check. Defaults to `None`, float32 arithmetic.
+        examples: array, a batch of real inputs for the check. Defaults to `None`: with
+            int8 arithmetic the representative images, otherwise random inputs that suit
+            the first layers of the model. If the model answers no random input, the
+            function warns and skips the check.
 
     Raises:
         FileExistsError: `path` exists already.
         ImportError: the extra is not installed.
-        ValueError: the model has no weights, or several inputs or outputs; the name of
-            the file has another ending; `representative_images` have another dtype
-            than the input; the model computes in 16 bits, as under a mixed policy, or
-            does not take `examples`.
+        ValueError: the model has no weights, several inputs or several outputs, or does
+            not take `examples`. Or it computes in 16 bits, as under a mixed policy. Or
+            the name of the file has another ending. Or `representative_images` have
+            another dtype than the input.
         OSError: the file cannot be written.
         RuntimeError: the written file does not reproduce the model's predictions.
     """
@@ -198,8 +208,9 @@ def export_litert(
         images = representative_images
         if images.dtype != spec.dtype.as_numpy_dtype or not len(images):
             raise ValueError(
-                f"representative_images are {len(images)} of {images.dtype}; give some "
-                f"hundred of {spec.dtype.name}, as the input of {model.name}."
+                "Expected representative_images of the input's dtype, "
+                f"{spec.dtype.name}; got {len(images)} of {images.dtype}. Give some "
+                f"hundred of {spec.dtype.name} to {model.name}."
             )
         options = {
             "optimizations": [tf.lite.Optimize.DEFAULT],
@@ -216,7 +227,7 @@ def export_litert(
         )
         if flex := _flex_operations(part):
             warnings.warn(
-                f"{path} is not checked: it needs {', '.join(flex)}, operations that "
+                f"{path} is not checked. It needs {', '.join(flex)}, operations that "
                 "LiteRT's interpreter for Python does not have. Link the Flex delegate "
                 "where the file runs.",
                 stacklevel=2,
@@ -237,25 +248,27 @@ def export_litert(
 def export_onnx(model: keras.Model, path: str | os.PathLike, *, examples=None) -> None:
     """Writes a model as an ONNX file, with the input and output of `export_litert`.
 
-    Needs the extra `onnx`. The file appears under its name only when ONNX Runtime gives
-    the answers of the model, to 1e-4 of the largest value. For a model that computes in
-    float16, as under a mixed policy, the tolerance is that of its own rounding: the
-    spacing of float16 values, times the square root of the number of operations in
-    float16.
+    The function needs the extra `onnx`. The file appears under its name if ONNX Runtime
+    gives the answers of the model, to 1e-4 of the largest value.
+
+    A model that computes in float16, as under a mixed policy, has a larger tolerance,
+    that of its own rounding. It is the spacing of float16 values, times the square root
+    of the number of operations in float16.
 
     Args:
-        model: `keras.Model` with weights, one input and one output. A subclassed model
-            must have been called.
-        path: file to write; it must not exist.
-        examples: array, a batch of real inputs for the check. Defaults to `None`:
-            random inputs that suit the first layers of the model. If the model answers
-            none of them, a warning says that there is no check.
+        model: `keras.Model` with weights, one input and one output. Call a subclassed
+            model first.
+        path: path of the new file; it must not exist.
+        examples: array, a batch of real inputs for the check. Defaults to `None`: the
+            function draws random inputs that suit the first layers of the model. If the
+            model answers none of them, the function warns and skips the check.
 
     Raises:
         FileExistsError: `path` exists already.
         ImportError: the extra is not installed.
-        ValueError: the model has no weights, or several inputs or outputs; it computes
-            in bfloat16, looks values up in a table, or does not take `examples`.
+        ValueError: the model has no weights, several inputs or several outputs, or does
+            not take `examples`. Or it computes in bfloat16, or looks values up in a
+            table.
         OSError: the file cannot be written.
         RuntimeError: the written file does not reproduce the model's predictions.
     """
@@ -266,12 +279,14 @@ def export_onnx(model: keras.Model, path: str | os.PathLike, *, examples=None) -
     function = _graph(model, spec, "ONNX Runtime", [tf.bfloat16])
     if any(op.type.startswith("LookupTable") for op in _operations(function)):
         raise ValueError(
-            f"{model.name} looks values up in a table, which an ONNX file cannot hold; "
-            "export the part of it without its lookup and text layers."
+            f"Expected a model without lookups; {model.name} looks values up in a "
+            "table, which an ONNX file cannot hold. Export the part of it without its "
+            "lookup and text layers."
         )
     batches = _examples.batches(model, spec, _live(function), examples)
     proto, _ = tf2onnx.convert.from_function(function, [spec])
-    # The converter makes inputs of tensors that a layer holds, as `Normalization`.
+    # The converter turns tensors that a layer holds, such as those of `Normalization`,
+    # into inputs. They become constants here.
     concrete = function.get_concrete_function()
     held = zip(concrete.inputs[1:], concrete.captured_inputs, strict=True)
     values = {tensor.name: value for tensor, value in held}
@@ -295,17 +310,18 @@ def export_onnx(model: keras.Model, path: str | os.PathLike, *, examples=None) -
 def _validate(model, path, examples):
     """Returns a functional model, the `tf.TensorSpec` of its input, and the examples.
 
-    A subclassed model becomes the layer of a functional one.
+    A subclassed model becomes a layer of a functional model.
     """
     if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists already; choose another path.")
+        raise FileExistsError(f"Expected a new path; {path} exists already. Change it.")
     if model.built and not hasattr(model, "inputs"):
         model = _functional(model, examples)
     inputs = getattr(model, "inputs", None)
     if not inputs or len(inputs) != 1 or len(model.outputs) != 1:
         raise ValueError(
-            f"{model.name} must be built and have one input and one output to be "
-            "exported; build it as a functional or sequential model, or call it."
+            f"The model must be built and have one input and one output; {model.name} "
+            "is not such a model. Build it as a functional or sequential model, or "
+            "call it."
         )
     spec = tf.TensorSpec(inputs[0].shape, inputs[0].dtype, name="inputs")
     if examples is not None:
@@ -316,7 +332,7 @@ def _validate(model, path, examples):
 def _functional(model, examples):
     """Returns a subclassed model as a functional one, for inputs like the examples.
 
-    Without examples, the inputs have the shape with which the model was built.
+    Without examples, the inputs have the shape that built the model.
     """
     if examples is not None:
         shape, dtype = np.shape(examples), tf.as_dtype(np.asarray(examples).dtype).name
@@ -336,7 +352,7 @@ def _extra(module, extra):
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{module} is missing; install revnet-tf[{extra}]."
+            f"Expected the module {module}; it is missing. Install revnet-tf[{extra}]."
         ) from error
 
 
@@ -350,11 +366,12 @@ def _named(name, model):
 
 
 def _refusing(function, spec):
-    """Returns the function with checks of its argument; servers make none."""
+    """Returns the function with checks of its argument. Servers do not check it."""
 
     def checked(x):
         filled = tf.debugging.Assert(
-            tf.shape(x)[0] > 0, [f"{spec.name} is an empty batch; send an example."]
+            tf.shape(x)[0] > 0,
+            [f"Expected an example; {spec.name} is an empty batch. Send an example."],
         )
         with tf.control_dependencies([filled]):
             return function(tf.ensure_shape(x, spec.shape))
@@ -363,7 +380,7 @@ def _refusing(function, spec):
 
 
 def _write_warmup(folder, specs, batches):
-    """Writes the requests that TensorFlow Serving answers before it opens its door."""
+    """Writes the requests with which TensorFlow Serving warms up."""
     for x in batches:
         os.mkdir(os.path.join(folder, "assets.extra"))
         path = os.path.join(folder, "assets.extra", "tf_serving_warmup_requests")
@@ -424,13 +441,13 @@ def _check_saved_model(folder, model, functions, specs, batches):
             with tf.device("CPU:0"):
                 outputs = functions[name](tf.constant(argument))
             for output, live in outputs.items():
-                # Rounding decides which of two equal predictions is the largest.
+                # Of two equal predictions, rounding decides the largest one.
                 if output not in ("class", "class_name"):
                     arrays[f"{key}/outputs/{output}"] = live.numpy()
     with tempfile.TemporaryDirectory() as examples:
         examples = os.path.join(examples, "examples.npz")
         np.savez(examples, **arrays)
-        # `-P` hides the modules of this folder, which lie beside the script.
+        # `-P` hides the modules in the folder of the script.
         script = os.path.abspath(_saved_model_check.__file__)
         done = subprocess.run(
             [sys.executable, "-P", script, folder, examples],
@@ -440,13 +457,13 @@ def _check_saved_model(folder, model, functions, specs, batches):
         )
     if done.returncode:
         raise RuntimeError(
-            f"The SavedModel of {model.name} was not written: "
-            f"{(done.stderr.strip() or 'its check was ended').splitlines()[-1]}"
+            f"The SavedModel of {model.name} was not written. Its check failed: "
+            f"{(done.stderr.strip() or 'its process was ended').splitlines()[-1]}"
         )
 
 
 def _graph(model, spec, runtime, refused):
-    """Returns the model as a function of a graph, if the runtime has its dtypes."""
+    """Returns the model as a `tf.function`, if the runtime has the dtypes in it."""
     function = tf.function(
         lambda inputs: {"predictions": _answer(model, inputs)}, [spec], autograph=False
     )
@@ -454,8 +471,9 @@ def _graph(model, spec, runtime, refused):
     for dtype in refused:
         if dtype in found:
             raise ValueError(
-                f"{model.name} computes in {dtype.name}, which {runtime} does not; "
-                "build it under the dtype policy 'float32' and load its weights."
+                f"Expected a model in float32; {model.name} computes in {dtype.name}, "
+                f"which {runtime} does not. Build it under the dtype policy 'float32' "
+                "and load its weights."
             )
     return function
 
@@ -465,10 +483,10 @@ def _operations(function):
 
 
 def _tolerance(function):
-    """Returns the largest difference to allow, in float16 that of its rounding.
+    """Returns the largest difference to allow. In float16 it is that of its rounding.
 
-    A rounding changes a value by at most half of `eps`, the spacing of values near 1.
-    Independent ones add up as their root: `n` of them to less than `eps * sqrt(n)`.
+    One rounding changes a value by at most half of `eps`, the spacing of values near 1.
+    `n` independent roundings add up to less than `eps * sqrt(n)`.
     """
     roundings = sum(
         any(t.dtype == tf.float16 for t in operation.outputs)
@@ -478,13 +496,13 @@ def _tolerance(function):
 
 
 def _flex_operations(path):
-    """Returns the names of TensorFlow's own operations in a LiteRT file."""
+    """Returns the names of the Flex operations in a LiteRT file."""
     found = re.findall(rb"Flex[A-Z]\w{3,}", path.read_bytes())
     return sorted({name.decode() for name in found})
 
 
 def _live(function):
-    """Returns a function to the model's answers on the CPU, as those of a file."""
+    """Returns a function from a batch to the model's answers on the CPU."""
 
     def answer(x):
         with tf.device("CPU:0"):
@@ -499,8 +517,8 @@ def _check_close(model, function, predict, batches):
         fault = _saved_model_check.find_fault(predict(x), live(x), tolerance)
         if fault:
             raise RuntimeError(
-                f"The exported {model.name} was not written: on a batch of {len(x)} it "
-                f"{fault}."
+                f"The exported {model.name} was not written, because on a batch of "
+                f"{len(x)} it {fault}."
             )
 
 
@@ -511,6 +529,7 @@ def _check_quantized(model, function, predict, images):
     error, deviation = np.sqrt(np.mean(error**2)), np.std(live - live.mean(0))
     if not error < deviation / 2:
         raise RuntimeError(
-            f"The int8 {model.name} was not written: its predictions are off by "
-            f"{error:.3g}, where those of the model vary by {deviation:.3g}."
+            f"The int8 {model.name} was not written, because its predictions are off "
+            f"by {error:.3g}, and those of the model vary by {deviation:.3g}. Use "
+            "float32 arithmetic."
         )

@@ -1,4 +1,4 @@
-"""Keras layers that are reversible, or recompute: the blocks of reversible networks."""
+"""The blocks of reversible networks: Keras layers that reverse or recompute."""
 
 import keras
 import tensorflow as tf
@@ -11,7 +11,7 @@ __all__ = ["DownsamplingBlock", "PoolingShortcut", "RevBlock", "RevSequence"]
 
 
 class _ReversibleLayer(PairLayer):
-    """A layer whose blocks are all reversible, so that it has an inverse."""
+    """A layer whose blocks are all reversible. It therefore has an inverse."""
 
     stores_inputs = False
 
@@ -22,30 +22,35 @@ class _ReversibleLayer(PairLayer):
         self.fraction_bits = fraction_bits
 
     def inverse(self, outputs, training=False, mask=None, **kwargs):
-        """Returns the input that the layer maps to `outputs`; updates no state.
+        """Returns the input that the layer maps to `outputs`.
+
+        The method does not update the state of the layer.
 
         Args:
-            outputs: tensor or pair, as the layer returns it.
+            outputs: tensor or pair of tensors, the output of the layer.
             training: bool, passed to the branches. With `True`, batch statistics are
                 those of the given batch. Dropout then draws another mask than in the
-                forward pass, which cannot be inverted.
+                forward pass, and the result is not the input. Defaults to `False`.
             mask: mask of `outputs`, or a pair of masks.
-            **kwargs: the keyword arguments with which the layer was called.
+            **kwargs: the keyword arguments of the call of the layer.
 
         Returns:
             A tensor or pair like `outputs`, in the dtype of the streams.
 
         Raises:
-            ValueError: the layer is not built, `outputs` has another shape than an
-                output of the layer, or is symbolic.
+            ValueError: the layer is not built, or `outputs` is symbolic or has a shape
+                that no output of the layer has.
         """
         if not self.built:
-            raise ValueError(f"{self.name} has no weights yet; call or build it first.")
+            raise ValueError(
+                f"Expected a layer with weights; {self.name} has none yet. Call or "
+                "build it first."
+            )
         if any(isinstance(y, keras.KerasTensor) for y in tf.nest.flatten(outputs)):
             raise ValueError(
-                "Expected tensors with values, got a symbolic KerasTensor. Call "
-                f"`{self.name}.inverse` in the `call` of a layer of your own, and that "
-                "layer in the model."
+                "Expected tensors with values; got a symbolic KerasTensor. Call "
+                f"`{self.name}.inverse` in the `call` of a layer of your own, and use "
+                "that layer in the model."
             )
         outputs = self.cast(tf.nest.map_structure(tf.convert_to_tensor, outputs))
         self.stream_shapes(tf.nest.map_structure(lambda y: tuple(y.shape), outputs))
@@ -70,56 +75,59 @@ class _ReversibleLayer(PairLayer):
 class RevBlock(_ReversibleLayer):
     """Reversible residual block: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
 
-    Reversible means that the inputs can be computed from the outputs. The block does
-    not store its activations in training: the backward pass reconstructs them, for
-    about the computation of one more forward pass.
+    Reversible means that the inputs can be computed from the outputs. In training the
+    block stores no activations. The backward pass reconstructs them, for about the
+    computation of one more forward pass.
 
-    Blocks called one after the other (in a functional, sequential or subclassed model)
-    store as little as one block if the training step is a graph, as in `model.fit`. In
-    eager mode TensorFlow stores the output of every block; in a `RevSequence` it stores
-    the last one only.
+    Blocks that are called one after the other store as little as one block if the
+    training step is a graph, as in `model.fit`. This holds for functional, sequential
+    and subclassed models. In eager mode TensorFlow stores the output of every block.
+    A `RevSequence` stores the last output only, in eager mode, too.
 
     Args:
-        f: layer that maps the second stream to the shape of the first.
-        g: layer that maps the first stream to the shape of the second.
-        axis: the axis on which a single input is split. Defaults to `-1`.
+        f: Keras layer, maps the second stream to the shape of the first.
+        g: Keras layer, maps the first stream to the shape of the second.
+        axis: int, the axis on which a single input is split. Defaults to `-1`.
         recompute: bool; `False`: use ordinary backpropagation (same values, more
-            memory). It can be set at any time, and takes effect when the model is
-            traced next. Defaults to `True`.
+            memory). The attribute can be set at any time. It takes effect in the next
+            trace of the model. Defaults to `True`.
         fraction_bits: int `k` or `None`. With `k` the streams are in fixed point:
-            multiples of `2**-k` between `-2**(24 - k)` and `2**(24 - k)` (in float64:
-            53 for 24). They are reconstructed bit for bit. The input and the outputs of
-            the branches are rounded to them; gradients ignore the rounding. A value
-            that leaves the range is an error, under XLA NaN. XLA may compile a branch
-            in two ways and round the results to neighbouring multiples. 10 to 14 suit
-            a network with normalization. Defaults to `None`, floating-point streams.
-        anchor: bool; `True`: store the inputs of the block, so that rounding errors of
-            later blocks do not reach earlier ones. It can be set at any time, as
-            `recompute`. Defaults to `False`.
+            multiples of `2**-k` between `-2**(24 - k)` and `2**(24 - k)`, in float64
+            with 53 for 24. The backward pass reconstructs them bit for bit. The block
+            rounds its input and the outputs of the branches; gradients ignore the
+            rounding. A value out of the range raises an error; under XLA the result
+            is NaN. XLA may compile a branch in two ways and round the results to
+            neighbouring multiples. For a network with normalization, use 10 to 14.
+            Defaults to `None`, floating-point streams.
+        anchor: bool; `True`: store the inputs of the block. Rounding errors of later
+            blocks then do not reach earlier ones. The attribute can be set at any
+            time, as `recompute`. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`. The streams have the variable
             dtype of the policy, float32 under `mixed_float16` and `mixed_bfloat16`.
 
     Call arguments:
         inputs: tensor `(batch, ..., channels)` with an even size on `axis`, or a pair
-            `(x1, x2)`.
+            of tensors `(x1, x2)`.
         training: bool, passed to `f` and `g`, in the forward pass and in the
             recomputation. With `False` or `None` nothing is recomputed.
-        mask: mask of the input, or a pair of masks; Keras finds it. Branches that take
-            a mask get it. The output has it if both branches support masking.
-        **kwargs: tensors, also sparse, ragged and nested, and other values for the
-            branches whose `call` names them. Tensors have their gradient. A tensor that
-            a branch finds in another way has none.
+        mask: mask of the input, or a pair of masks. Keras passes it by itself. The
+            block passes it to the branches that take a mask. The output has the mask
+            if both branches support masking.
+        **kwargs: further arguments of the branches: tensors, also sparse, ragged and
+            nested ones, and other values. Each branch gets those that its `call` names.
+            Tensors have their gradient. A tensor that a branch finds in another way
+            has no gradient.
 
     Output shape:
-        That of the input.
+        The shape of the input.
 
     Raises:
-        ValueError: the input cannot be split, or is complex; a branch changes the shape
-            of its stream, also by broadcasting; a branch has an effect that cannot be
-            repeated (the message names it).
-        TypeError: a keyword argument that no branch names.
-        NotImplementedError: for second derivatives and forward-mode derivatives
-            through a reconstruction.
+        ValueError: the input cannot be split, or is complex. Or a branch changes the
+            shape of its stream, also by broadcasting. Or a branch has an effect that
+            cannot be repeated; the message names it.
+        TypeError: the call has a keyword argument that no branch names.
+        NotImplementedError: a second or a forward-mode derivative is taken through a
+            reconstruction.
 
     Example:
 
@@ -150,7 +158,9 @@ class RevBlock(_ReversibleLayer):
         )
         for name, branch in (("f", f), ("g", g)):
             if not isinstance(branch, keras.layers.Layer):
-                raise ValueError(f"{name}={branch!r} must be a Keras layer or model.")
+                raise ValueError(
+                    f"{name} must be a Keras layer or model; got {branch!r}."
+                )
         self.f = f
         self.g = g
         self.anchor = anchor
@@ -162,15 +172,15 @@ class RevBlock(_ReversibleLayer):
 
     def _build_branch(self, name, shape, expected):
         got = self.shape_after(getattr(self, name), shape)
-        # A size of 1 on one side only would be broadcast by the sum, without a word.
+        # The sum would broadcast a size of 1 on one side without an error.
         if len(got) != len(expected) or not all(
             a == b or (None in (a, b) and 1 not in (a, b))
             for a, b in zip(got, expected, strict=True)
         ):
             raise ValueError(
-                f"{name} maps a stream of shape {shape} to {got}, but its output is "
-                f"added to a stream of shape {expected}; change {name} so that the "
-                "shapes agree."
+                f"Expected {name} to map a stream of shape {shape} to the shape "
+                f"{expected} of the other stream; got {got}. Change {name} so that "
+                "the shapes agree."
             )
 
     def block(self, arguments, owner=None):
@@ -188,26 +198,26 @@ class RevBlock(_ReversibleLayer):
 
 @keras.saving.register_keras_serializable("revnet_tf")
 class RevSequence(_ReversibleLayer):
-    """Reversible blocks applied in order, storing activations for the last one only.
+    """Applies reversible blocks in order, and stores only the last outputs.
 
-    Activation memory does not depend on the number of blocks, in eager mode, in a graph
-    and with XLA.
+    Reversible means that the inputs can be computed from the outputs. The activation
+    memory does not depend on the number of blocks, in eager mode, in a graph and with
+    XLA.
 
     Args:
         blocks: list of `RevBlock` and `RevSequence`, with the same `axis` and dtype.
-            Those with `recompute=False` are differentiated in the ordinary way, and
-            split the run.
+            Blocks with `recompute=False` use ordinary backpropagation and split the
+            run. Each run between them stores its own last outputs.
         recompute: bool; `False`: use ordinary backpropagation for all blocks (same
             values, more memory). Defaults to `True`.
-        fraction_bits: int or `None`, as for `RevBlock`, for all blocks. The blocks
-            themselves stay as they are. Defaults to theirs.
+        fraction_bits: int or `None`, the argument of `RevBlock`, for all blocks. The
+            sequence does not change the blocks. Defaults to the value of the blocks.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Attributes:
         blocks: tuple of the blocks.
 
-    Call arguments, output shape, raises:
-        As for `RevBlock`.
+    Call arguments, output shape and errors are those of `RevBlock`.
 
     Reference:
         Gomez et al., 2017, section 3.2, https://arxiv.org/abs/1707.04585
@@ -222,31 +232,34 @@ class RevSequence(_ReversibleLayer):
         for block in blocks:
             if not isinstance(block, (RevBlock, RevSequence)):
                 raise ValueError(
-                    f"blocks holds {block!r}; every block must be a RevBlock or a "
-                    "RevSequence."
+                    "Every entry of blocks must be a RevBlock or a RevSequence; got "
+                    f"{block!r}."
                 )
         if not blocks:
-            raise ValueError("blocks is empty; give at least one RevBlock.")
+            raise ValueError(
+                "Expected at least one block; blocks is empty. Give it a RevBlock."
+            )
         axis = _common(blocks, "axis")
         stream_dtype = _common(blocks, "compute_dtype")
         if dtype is not None:
             dtype = keras.dtype_policies.get(dtype).variable_dtype
             if dtype != stream_dtype:
                 raise ValueError(
-                    f"dtype={dtype} is not that of the blocks, {stream_dtype}; give it "
-                    "to the blocks, a sequence takes it from them."
+                    f"Expected the dtype of the blocks, {stream_dtype}; got "
+                    f"dtype={dtype}. Give the dtype to the blocks only."
                 )
         if any(block.activity_regularizer is not None for block in blocks):
             raise ValueError(
-                "A sequence does not store the outputs of its blocks, so an "
-                "activity_regularizer of a block has no effect; give it to f or g."
+                "Expected blocks without an activity_regularizer, because a sequence "
+                "does not store the outputs of its blocks. Give the regularizer to f "
+                "or g."
             )
         if fraction_bits is None:
             fraction_bits = _common(blocks, "fraction_bits")
         elif others := {b.fraction_bits for b in blocks} - {None, fraction_bits}:
             raise ValueError(
-                f"fraction_bits={fraction_bits} is not that of all blocks, which have "
-                f"{sorted(others)}, too; give it to the sequence only."
+                f"Expected blocks with fraction_bits={fraction_bits} or None; got "
+                f"{sorted(others)}, too. Give fraction_bits to the sequence only."
             )
         super().__init__(
             axis=axis,
@@ -277,30 +290,31 @@ class RevSequence(_ReversibleLayer):
 
     def get_config(self):
         config = super().get_config()
-        del config["axis"]  # that of the blocks
+        del config["axis"]  # The blocks have it.
         return {**config, "blocks": list(self.blocks)}
 
 
 def _common(blocks, name):
-    """Returns the one value that all blocks have as attribute `name`."""
+    """Returns the value of the attribute `name`, which must be equal for all blocks."""
     values = {getattr(block, name) for block in blocks}
     if len(values) > 1:
         raise ValueError(
-            f"blocks differ in {name}, {sorted(values, key=str)}; give all the same."
+            f"Expected blocks with one {name}; the blocks differ in {name}, "
+            f"{sorted(values, key=str)}. Give all blocks the same."
         )
     return values.pop()
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
 class PoolingShortcut(keras.layers.Layer):
-    """Shortcut without weights: average pooling, and zeros for additional channels.
+    """Shortcut without weights: average pooling, and zeros for the new channels.
 
     Args:
-        filters: int, channels of the output, at least those of the input. The zeros are
-            added before and after the input's channels, in equal numbers.
-        strides: int, size and stride of the pooling window. A window at the end of an
-            odd size averages the pixels that exist, so the output has the size of that
-            of a "same"-padded convolution.
+        filters: int, the channels of the output, at least those of the input. The
+            layer adds zeros before and after the input's channels, in equal numbers.
+        strides: int, the size and the stride of the pooling window. A window that
+            exceeds the image averages the existing pixels. The output therefore has
+            the size of a "same"-padded convolution's output. Defaults to `1`.
 
     Input shape:
         `(batch, height, width, channels)`.
@@ -314,8 +328,9 @@ class PoolingShortcut(keras.layers.Layer):
     def build(self, input_shape):
         if self.filters < input_shape[-1]:
             raise ValueError(
-                f"filters={self.filters} is less than the {input_shape[-1]} channels "
-                "of the input; a pooling shortcut can only add channels."
+                f"Expected at least {input_shape[-1]} filters, the channels of the "
+                f"input; got filters={self.filters}. A pooling shortcut can only add "
+                "channels."
             )
 
     def call(self, inputs):
@@ -345,10 +360,11 @@ class DownsamplingBlock(PairLayer):
     input and recomputes its activations in the backward pass.
 
     Args:
-        f, g: layers; `f` is the strided branch.
-        shortcut1, shortcut2: layers that map `x1` and `x2` to the shape of the outputs
-            of `f` and `g`.
-        axis, recompute, **kwargs: as for `RevBlock`.
+        f, g: Keras layers, the branches. `f` has the strides.
+        shortcut1: Keras layer, maps `x1` to the shape of the output of `f`.
+        shortcut2: Keras layer, maps `x2` to the shape of the output of `g`.
+        **kwargs: the arguments `axis` and `recompute` of `RevBlock`, and those of
+            `keras.layers.Layer`.
 
     Reference:
         Gomez et al., 2017, section 3.2, https://arxiv.org/abs/1707.04585
@@ -370,8 +386,9 @@ class DownsamplingBlock(PairLayer):
         s2 = self.shape_after(self.shortcut2, shape2)
         if f != s1 or g != s2:
             raise ValueError(
-                f"{self.name}: the branches map to {f} and {g}, their shortcuts to "
-                f"{s1} and {s2}; each pair must agree."
+                f"Expected branches and shortcuts of {self.name} with equal output "
+                f"shapes; got {f} and {g} from the branches, {s1} and {s2} from the "
+                "shortcuts. Change them: each pair must agree."
             )
 
     def block(self, arguments, owner=None):
@@ -391,14 +408,15 @@ class DownsamplingBlock(PairLayer):
 
 @keras.saving.register_keras_serializable("revnet_tf")
 class Stem(PairLayer):
-    """A layer before the first stage of a network: it makes two streams of one tensor.
+    """Maps one tensor to the two streams of the first stage.
 
-    In training it stores its input, and recomputes its activations in the backward
-    pass.
+    In training the layer stores its input and recomputes its activations in the
+    backward pass.
 
     Args:
-        layer: layer that maps the input to both streams, joined on `axis`.
-        axis, recompute, **kwargs: as for `RevBlock`.
+        layer: Keras layer, maps the input to both streams, joined on `axis`.
+        **kwargs: the arguments `axis` and `recompute` of `RevBlock`, and those of
+            `keras.layers.Layer`.
     """
 
     LAYERS = ("layer",)

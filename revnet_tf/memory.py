@@ -1,14 +1,17 @@
-"""What a training step keeps in memory: predicted, measured, and fitted to a budget.
+"""The memory of a training step: predicted, measured, and fitted to a budget.
 
-`estimate` runs through the operations of the training step without computing anything,
-and counts the bytes that are alive. `measure` makes training steps and asks the
-device's allocator. `plan` chooses which blocks are recomputed, so that a step is as
-fast as a budget allows.
+- `estimate` simulates the training step without computing values, and counts the bytes
+  that are alive.
+- `measure` makes training steps and reads the statistics of the device's allocator.
+- `plan` chooses the blocks that store their activations, so that a step is as fast as a
+  budget allows.
 
-The step is that of `model.fit`: forward pass, gradient, and update by the model's
-optimizer if it is compiled; as a graph, or with XLA if `model.jit_compile` says so. As
-the loss stands the mean square of the outputs. Beside it a process has the memory of
-Python and TensorFlow themselves, and of the input pipeline.
+The step is that of `model.fit`: the forward pass, the gradient and, for a compiled
+model, the update by its optimizer. It is a graph, or with `model.jit_compile` a program
+of XLA. The loss is the mean square of the outputs.
+
+The figures leave out the memory of Python, of TensorFlow itself and of the input
+pipeline.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-# The result of XLA's compilation has no public reader. (A test notices if this goes.)
+# XLA's compilation has no public reader. A test fails if TensorFlow removes this one.
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from revnet_tf._executor import num_bytes, simulate, size_of
@@ -36,16 +39,18 @@ __all__ = [
     "split_large_region",
 ]
 
-# An estimate can be some percent too low: a plan leaves this much room.
+# A plan leaves this margin, because an estimate can be some percent too low.
 PLAN_MARGIN = 1.08
 
 
 class Stage(NamedTuple):
-    """What a part of the model keeps between the forward and the backward pass.
+    """The memory that a part of the model stores for the backward pass.
 
     Attributes:
-        name: of the reversible layer; `"other layers"` stands for all others.
-        kept_bytes: size of its tensors that are alive when the loss is there.
+        name: str, the name of the reversible layer. `"other layers"` stands for all
+            others.
+        kept_bytes: int, the size of its tensors that are alive after the loss is
+            computed.
     """
 
     name: str
@@ -54,18 +59,19 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a training step keeps, in bytes.
+    """The memory of a training step, in bytes.
 
     Attributes:
-        activation_bytes: the peak less weights, gradients and optimizer.
-        working_set_bytes: what of `activation_bytes` is not kept from the forward pass,
-            but there for a moment: the block that is just differentiated.
-        weight_bytes: all variables of the model.
-        gradient_bytes: the gradients of all trainable ones.
-        optimizer_bytes: the variables of the optimizer, 0 of a model without one.
-        peak_bytes: the sum of all but `working_set_bytes`, a part of the activations.
-        stages: a `Stage` for each reversible layer, in forward order, and one for all
-            other layers. Empty if measured, or with XLA.
+        activation_bytes: int, the peak without weights, gradients and optimizer.
+        working_set_bytes: int, the part of `activation_bytes` that is not stored in the
+            forward pass. The backward pass needs it to differentiate a block.
+        weight_bytes: int, all variables of the model.
+        gradient_bytes: int, the gradients of all trainable variables.
+        optimizer_bytes: int, the variables of the optimizer. 0 for a model without one.
+        peak_bytes: int, the sum of `activation_bytes`, `weight_bytes`,
+            `gradient_bytes` and `optimizer_bytes`.
+        stages: tuple of a `Stage` for each reversible layer, in forward order, and one
+            for all other layers. Empty for a measurement, and with XLA.
     """
 
     activation_bytes: int
@@ -78,12 +84,12 @@ class Memory:
 
     def __str__(self):
         rows = [
-            (f"kept for the backward pass: {stage.name}", stage.kept_bytes)
+            (f"stored for the backward pass: {stage.name}", stage.kept_bytes)
             for stage in self.stages
         ]
         if not rows:
             kept = self.activation_bytes - self.working_set_bytes
-            rows.append(("kept for the backward pass", kept))
+            rows.append(("stored for the backward pass", kept))
         rows += [
             ("working set of the backward pass", self.working_set_bytes),
             ("weights", self.weight_bytes),
@@ -98,23 +104,27 @@ class Memory:
 
 
 def estimate(model, batch_size):
-    """Predicts what a training step keeps, without making one.
+    """Predicts the memory of a training step, without making one.
 
-    The operations are gone through as TensorFlow's executor does: what has become ready
-    last comes first (the largest peak of several such orders counts), as many at a time
-    as `tf.config.threading` says; those that can write over an input, as additions
-    can, need no memory. What happens within a `tf.while_loop` or a `tf.cond` is not
-    seen. With XLA the figures are those of the compiled step.
+    The function simulates TensorFlow's executor:
+
+    - Of the operations that are ready, the executor runs the latest first, as many at a
+      time as `tf.config.threading` says. The order is partly open: the result is the
+      largest peak of several orders.
+    - An operation that can write over its input, such as an addition, needs no memory.
+    - Memory within a `tf.while_loop` or a `tf.cond` is not counted.
+
+    With XLA the figures are those of the compiled step.
 
     Args:
-        model: a built functional or sequential `keras.Model`.
-        batch_size: samples of a step, on one device.
+        model: built functional or sequential `keras.Model`.
+        batch_size: int, the number of samples of a step, on one device.
 
     Returns:
         A `Memory`.
 
     Raises:
-        ValueError: the shape of the model's inputs is not known.
+        ValueError: the shapes of the model's inputs are not known.
     """
     step, graph, calls = _traced(model, batch_size)
     if step.jit_compile:
@@ -129,52 +139,59 @@ def estimate(model, batch_size):
 
 
 def measure(model, batch_size):
-    """Measures what a training step keeps, by the device's allocator.
+    """Measures the memory of a training step with the device's allocator.
 
-    Three steps are made, on random numbers; the variables have their values back then.
-    With XLA the figures are those that the compiler assigns to the step.
+    The function makes three steps on random inputs, and then restores the values of the
+    variables. With XLA the figures are those that the compiler assigns to the step.
+
+    The CPU's allocator does not count tensors below 256 KiB. Choose a `batch_size` that
+    makes the activations larger.
 
     Args:
-        model, batch_size: as for `estimate`.
+        model, batch_size: the arguments of `estimate`.
 
     Returns:
         A `Memory`.
 
     Raises:
-        ValueError: as for `estimate`.
-        RuntimeError: the allocator keeps no account. On processors for which TensorFlow
-            does not use oneDNN by default, TF_ENABLE_ONEDNN_OPTS=1 has it keep one.
-            Tensors below 256 KiB are not in it: `batch_size` should make them larger.
+        ValueError: the shapes of the model's inputs are not known.
+        RuntimeError: the allocator has no statistics. On processors for which
+            TensorFlow does not use oneDNN by default, TF_ENABLE_ONEDNN_OPTS=1 turns
+            them on.
     """
     step = _Step(model, batch_size)
     return step.compiled() if step.jit_compile else step.measured()
 
 
 def plan(model, batch_size, budget_bytes):
-    """Chooses what is recomputed, so that a step is as fast as a budget allows.
+    """Sets `recompute` on each block, so that a step is as fast as a budget allows.
 
-    The last blocks store their activations, as many as the budget has room for by
-    `estimate` and a margin; the others are recomputed. (What a block stores is in the
-    way of all blocks before it, whose backward pass comes later, and of none after it.)
+    The last blocks store their activations, as many as fit into the budget by
+    `estimate` and a margin. The other blocks recompute them. The backward pass frees
+    the activations of the last blocks before it reaches the others. Stored activations
+    of other blocks would add to the peak for longer.
 
     Args:
-        model: as for `estimate`. All its reversible layers have their `recompute` set
-            by the plan, whatever it was.
-        batch_size: samples of a step, on one device.
-        budget_bytes: for activations, weights, gradients and optimizer.
+        model: model as for `estimate`. The plan sets `recompute` on all its reversible
+            layers and ignores their earlier values.
+        batch_size: int, the number of samples of a step, on one device.
+        budget_bytes: int, the budget for activations, weights, gradients and optimizer.
 
     Returns:
         `model`, with the same weights.
 
     Raises:
-        ValueError: the budget is below what is needed when everything is recomputed, or
-            the model has no reversible layer.
+        ValueError: the budget is below the need of a step that recomputes all blocks,
+            or the model has no reversible layer.
     """
     _, _, calls = _traced(model, batch_size)
     layers = list(dict.fromkeys(calls.values()))
     blocks = [block for layer in layers for block, _ in layer.blocks_in_order()]
     if not blocks:
-        raise ValueError(f"{model.name} has no reversible layer to plan for.")
+        raise ValueError(
+            f"Expected a model with reversible layers; {model.name} has no reversible "
+            "layer. Use `RevBlock` or `RevSequence` in it."
+        )
     before = {layer: layer.recompute for layer in recomputing_layers(model)}
 
     def store(num_blocks):
@@ -215,17 +232,17 @@ def plan(model, batch_size, budget_bytes):
 
 
 def recomputing_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the layers of a model with an attribute `recompute`, nested ones too."""
+    """Returns the layers of a model, and nested ones, with an attribute `recompute`."""
     # `_flatten_layers` finds layers in all attributes; no public method does.
     return [layer for layer in model._flatten_layers() if isinstance(layer, RunLayer)]
 
 
 def split_large_region():
-    """Has the CPU's allocator split all that it gives off one region.
+    """Makes the CPU's allocator take all tensors from one large region.
 
-    By itself it begins with a small one, and gives a free chunk away whole if it is
-    less than twice as large as what is asked for. How much that wastes depends on the
-    order in which threads free their tensors.
+    By default the allocator begins with a small region. It does not split a free chunk
+    that is less than twice as large as the request. The waste depends on the order in
+    which threads free their tensors.
     """
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     with tf.device("CPU"):
@@ -233,10 +250,10 @@ def split_large_region():
 
 
 def _largest_batch(peak, batch_size, budget_bytes):
-    """Says what batch fits a budget that `batch_size` does not fit."""
+    """Returns a text that names the largest batch within a budget."""
     if batch_size == 1 or peak(1) > budget_bytes:
         return "not even a batch of 1 fits."
-    # What grows, grows with the batch.
+    # The peak is nearly linear in the batch size.
     a_sample = (peak(batch_size) - peak(1)) / (batch_size - 1)
     fits = int(1 + (budget_bytes - peak(1)) / a_sample)
     while peak(fits) > budget_bytes:
@@ -245,7 +262,7 @@ def _largest_batch(peak, batch_size, budget_bytes):
 
 
 def _traced(model, batch_size):
-    """Returns a `_Step`, its graph, and the reversible layers by the call's scope."""
+    """Returns a `_Step`, its graph, and the reversible layers by scope of the call."""
     step = _Step(model, batch_size)
     with _Calls() as observer:
         graph = step.function.get_concrete_function(*step.specs).graph
@@ -253,7 +270,7 @@ def _traced(model, batch_size):
 
 
 class _Calls(Observer):
-    """Collects the layers that are called, by the name scope of the call."""
+    """Collects the called layers, by the name scope of the call."""
 
     def __init__(self):
         super().__init__()
@@ -267,18 +284,18 @@ class _Step:
     """A training step of a model, as a function of its inputs.
 
     Attributes:
-        function: a `tf.function`.
-        specs: what it takes, list of `tf.TensorSpec`.
-        jit_compile: whether XLA compiles it.
-        boundary: name of the operation after which, and not before, the backward pass
-            begins; there once the function is traced.
+        function: `tf.function` of the step.
+        specs: list of `tf.TensorSpec`, the inputs of the function.
+        jit_compile: bool, whether XLA compiles the function.
+        boundary: str, the name of an operation between the forward and the backward
+            pass. `None` until the function is traced.
     """
 
     def __init__(self, model, batch_size):
         if not getattr(model, "inputs", None):
             raise ValueError(
-                f"{model.name} does not say what its inputs are; give a functional or "
-                "sequential model, such as `keras.Model(x, layer(x))`."
+                f"Expected a functional or sequential model; {model.name} has no "
+                "`inputs`. Wrap it in one, such as `keras.Model(x, layer(x))`."
             )
         self.model = model
         self.specs = [
@@ -287,8 +304,8 @@ class _Step:
         for spec in self.specs:
             if None in spec.shape.as_list():
                 raise ValueError(
-                    f"{model.name} takes inputs of any size, {spec.shape}; build it "
-                    "with the `input_shape` that it will be trained on."
+                    f"Expected inputs of one size; {model.name} takes inputs of any "
+                    f"size, {spec.shape}. Build it with the `input_shape` of training."
                 )
         compiled = getattr(model, "compiled", False)
         self.optimizer = model.optimizer if compiled else None
@@ -327,7 +344,7 @@ class _Step:
         return loss
 
     def memory(self, peak, kept, stages=None):
-        """Returns a `Memory`, of the bytes beside the variables."""
+        """Returns a `Memory` from the bytes that are needed beside the variables."""
         weights = num_bytes(self.model.variables)
         gradients = num_bytes(self.model.trainable_variables)
         optimizer = num_bytes(self.optimizer.variables) if self.optimizer else 0
@@ -342,7 +359,7 @@ class _Step:
         )
 
     def compiled(self):
-        """Returns what XLA assigns to the step."""
+        """Returns the `Memory` that XLA assigns to the step."""
         ir = self.function.experimental_get_compiler_ir(*self.specs)
         hlo = hlo_pb2.HloProto.FromString(ir(stage="optimized_hlo_proto_serialized"))
         peak = sum(
@@ -355,7 +372,7 @@ class _Step:
         return self.memory(peak + num_bytes(self.specs), 0)
 
     def measured(self):
-        """Returns what the device's allocator says of some steps."""
+        """Returns the `Memory` that the device's allocator reports for three steps."""
         variables = [*self.model.variables]
         if self.optimizer is not None:
             variables += self.optimizer.variables
@@ -379,7 +396,7 @@ class _Step:
         finally:
             for v, value in zip(variables, values, strict=True):
                 v.assign(value)
-        # What is too small to be in the account has to be added to it.
+        # The allocator's statistics leave out small tensors.
         unseen = sum(
             size
             for size in map(size_of, self.model.trainable_variables)
@@ -390,7 +407,7 @@ class _Step:
 
 
 def _device():
-    """Returns the device that models are trained on, if its allocator keeps account."""
+    """Returns the device of training, or raises an error if it has no statistics."""
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
     try:
         before = _allocated(device)["current"]
@@ -400,7 +417,7 @@ def _device():
     except ValueError:
         pass
     raise RuntimeError(
-        f"The allocator of {device} keeps no account of its memory. Set the "
+        f"Expected memory statistics; the allocator of {device} has none. Set the "
         "environment variable TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported, "
         "or use `estimate`."
     )

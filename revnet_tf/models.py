@@ -1,11 +1,12 @@
-"""The paper's reversible networks, and the residual networks they are matched with.
+"""The paper's reversible networks, and the residual networks of equal size.
 
-All convolutions are without bias and "same"-padded. Batch normalization has the
-constants of the authors' code (epsilon 1e-3, momentum 0.99).
+All convolutions are "same"-padded and have no bias. Batch normalization has the
+constants of the authors' code: epsilon 1e-3 and momentum 0.99.
 
-Reference: Gomez et al., 2017, tables 1 and 2, https://arxiv.org/abs/1707.04585; block
-counts, widths and stems as in the authors' configuration, `cifar_configs.py` and
-`imagenet_configs.py` in
+Reference: Gomez et al., 2017, tables 1 and 2, https://arxiv.org/abs/1707.04585
+
+Block counts, widths and stems are those of the authors' configuration,
+`cifar_configs.py` and `imagenet_configs.py` in
 https://github.com/renmengye/revnet-public/blob/master/resnet/configs
 """
 
@@ -47,10 +48,10 @@ class StemSpec(NamedTuple):
     """The layers before the first stage: convolution, BN, ReLU and perhaps pooling.
 
     Attributes:
-        kernel_size, strides: of the convolution.
-        max_pool: whether 3x3 max-pooling of stride 2 follows, "same"-padded.
-        image_size: height and width of the data set's images, in pixels.
-        classes: number of classes of the data set.
+        kernel_size, strides: ints, arguments of the convolution.
+        max_pool: bool, whether "same"-padded 3x3 max-pooling of stride 2 follows.
+        image_size: int, the height and width of the data set's images, in pixels.
+        classes: int, the number of classes of the data set.
     """
 
     kernel_size: int
@@ -70,7 +71,7 @@ class Variant(NamedTuple):
     """A network of the paper.
 
     Attributes:
-        reversible: whether it is a `RevNet` or a `ResNet`.
+        reversible: bool; `True`: a `RevNet`, `False`: a `ResNet`.
         num_blocks, channels, bottleneck, stem: arguments of that function.
     """
 
@@ -92,7 +93,7 @@ VARIANTS = {
     "ResNet101": Variant(
         False, (3, 4, 23, 3), (64, 64, 128, 256, 512), True, "imagenet"
     ),
-    # The authors' file calls it revnet-54; it has 6 * 9 + 2 layers.
+    # The authors' file calls this network revnet-54. It has 6 * 9 + 2 layers.
     "RevNet56": Variant(
         True, (2, 2, 3, 2), (128, 128, 256, 512, 832), True, "imagenet"
     ),
@@ -122,45 +123,54 @@ def RevNet(
 ) -> keras.Model:
     """Returns a reversible residual network as a functional `keras.Model`.
 
-    The layers `stage1`, `stage2`, ... give the stages' outputs. Every stage but the
-    first halves height and width.
+    The layers `stage1`, `stage2`, ... return the outputs of the stages. Every stage
+    except the first halves height and width.
 
     Args:
-        num_blocks: number of blocks of each stage.
-        channels: channels of the stem, then of each stage, both streams together; even
-            numbers.
-        bottleneck: whether a branch is 1x1, 3x3, 1x1 convolutions, and a stage 4 times
-            as wide as `channels` says, rather than two 3x3 convolutions.
-        stem: `"cifar"` (3x3 convolution) or `"imagenet"` (7x7 convolution, then 3x3
-            max-pooling, both of stride 2: a quarter of height and width is left).
-        include_top: whether to end in global average pooling and a dense layer.
-        weights: `None` (random) or the path of a `.weights.h5` file.
-        input_tensor: Keras tensor to use as the input.
-        input_shape: `(height, width, channels)`. Defaults to `(32, 32, 3)`, with the
-            ImageNet stem to `(224, 224, 3)`, and without top to `(None, None, 3)`.
-        pooling: without top, `None` (the last feature map), `"avg"` or `"max"`.
-        classes: number of classes. Defaults to 10, with the ImageNet stem to 1000.
-        classifier_activation: of the dense layer; `None` returns logits.
+        num_blocks: ints, the number of blocks of each stage.
+        channels: even ints, the channels of the stem and then of each stage. Both
+            streams are counted.
+        bottleneck: bool; `True`: a branch has 1x1, 3x3 and 1x1 convolutions, and a
+            stage is 4 times as wide as its entry in `channels`. `False`: a branch has
+            two 3x3 convolutions. Defaults to `False`.
+        stem: str, `"cifar"` or `"imagenet"`. The first is a 3x3 convolution. The second
+            is a 7x7 convolution and 3x3 max-pooling, both of stride 2. It leaves a
+            quarter of height and width. Defaults to `"cifar"`.
+        include_top: bool, whether the network ends in global average pooling and a
+            dense layer. Defaults to `True`.
+        weights: path of a `.weights.h5` file, or `None` for random weights.
+        input_tensor: `keras.KerasTensor`, the input of the model, or `None`.
+        input_shape: tuple `(height, width, channels)`. Defaults to `(32, 32, 3)`, with
+            the ImageNet stem to `(224, 224, 3)`. Without top it defaults to
+            `(None, None, 3)`.
+        pooling: str, the pooling without top: `"avg"`, `"max"`, or `None` for the last
+            feature map.
+        classes: int, the number of classes. Defaults to 10, with the ImageNet stem to
+            1000.
+        classifier_activation: activation of the dense layer. With `None` the model
+            returns logits.
         kernel_regularizer: regularizer of all convolutions and of the dense layer.
-        recompute: if `False`, use ordinary backpropagation (same values, more memory).
-        fraction_bits: of the streams, rebuilt bit for bit; as for `RevBlock`.
-        name: of the model.
+        recompute: bool; `False`: use ordinary backpropagation (same values, more
+            memory). Defaults to `True`.
+        fraction_bits: int or `None`, the fraction bits of the streams. The stages
+            reconstruct such streams bit for bit; see `RevBlock`.
+        name: str, the name of the model.
 
     Returns:
         A `keras.Model` from float images `(batch, height, width, channels)` to
-        `(batch, classes)`; without top, to `(batch, height, width, channels)` of the
-        last stage, or after pooling `(batch, channels)`.
+        `(batch, classes)`. Without top it returns the feature map of the last stage,
+        `(batch, height, width, channels)`, or after pooling `(batch, channels)`.
 
     Raises:
-        ValueError: an argument cannot be used; the message says why.
+        ValueError: an argument has a value that the function cannot use.
 
     Reference:
         Gomez et al., 2017, section 3, https://arxiv.org/abs/1707.04585
     """
     if odd := [c for c in channels if c % 2]:
         raise ValueError(
-            f"channels={tuple(channels)}: {odd} cannot be split into two streams; use "
-            "even numbers."
+            f"Expected even channels; got channels={tuple(channels)}, of which {odd} "
+            "cannot be split into two streams. Use even numbers."
         )
     network = _Network(
         num_blocks,
@@ -199,10 +209,11 @@ def ResNet(
     kernel_regularizer: keras.Regularizer | None = None,
     name: str = "resnet",
 ) -> keras.Model:
-    """Returns the residual network with pre-activation that a RevNet is matched with.
+    """Returns a residual network with pre-activation as a functional `keras.Model`.
 
-    Arguments and return value are those of `RevNet`, except that `channels` may be odd
-    and nothing is recomputed.
+    The paper compares RevNets with these networks. Arguments and return value are those
+    of `RevNet`, with two differences: `channels` may be odd, and the network recomputes
+    nothing.
 
     Reference:
         He et al., 2016, https://arxiv.org/abs/1603.05027, as in Gomez et al., 2017
@@ -242,12 +253,11 @@ def _variant(title):
     build.__name__ = build.__qualname__ = title
     build.__doc__ = f"""Returns the paper's {title} as a functional `keras.Model`.
 
-    Its stages have {row.num_blocks} blocks. It maps images
-    `(batch, {size}, {size}, 3)` to probabilities `(batch, {classes})`, unless the
-    arguments say otherwise.
+    Its stages have {row.num_blocks} blocks. By default it maps images
+    `(batch, {size}, {size}, 3)` to probabilities `(batch, {classes})`.
 
     Args:
-        **kwargs: the keyword arguments of `{network.__name__}`, but `stem`.
+        **kwargs: keyword arguments of `{network.__name__}`, except `stem`.
 
     Reference:
         Gomez et al., 2017, tables 1 and 2, https://arxiv.org/abs/1707.04585
@@ -271,11 +281,11 @@ class _Stage(NamedTuple):
     """A stage of a network.
 
     Attributes:
-        name: of the layer that gives the stage's output.
-        num_blocks: number of blocks.
-        filters: channels of the output, both streams together.
-        strides: of the first block.
-        preactivation: whether the first branch begins with BN-ReLU.
+        name: str, the name of the layer that returns the stage's output.
+        num_blocks: int, the number of blocks.
+        filters: int, the channels of the output, both streams together.
+        strides: int, the strides of the first block.
+        preactivation: bool, whether the first branch begins with BN-ReLU.
     """
 
     name: str
@@ -287,7 +297,7 @@ class _Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """The arguments that all networks share (see `RevNet`), and their parts."""
+    """The arguments that all networks share, and the parts made from them."""
 
     num_blocks: Sequence[int]
     channels: Sequence[int]
@@ -307,28 +317,36 @@ class _Network:
         num_blocks, channels = tuple(self.num_blocks), tuple(self.channels)
         if len(channels) != len(num_blocks) + 1:
             raise ValueError(
-                f"channels={channels} has {len(channels)} entries; with "
-                f"num_blocks={num_blocks} it needs {len(num_blocks) + 1}, one for the "
-                "stem and one for each stage."
+                f"Expected {len(num_blocks) + 1} channels for num_blocks={num_blocks}; "
+                f"got channels={channels}. Give one entry for the stem and one for "
+                "each stage."
             )
         if min(num_blocks, default=0) < 1:
-            raise ValueError(f"num_blocks={num_blocks}: each stage needs a block.")
+            raise ValueError(
+                f"Expected at least one stage of at least one block; got "
+                f"num_blocks={num_blocks}. Each stage needs a block."
+            )
         if self.stem not in STEMS:
-            raise ValueError(f"stem={self.stem!r} must be one of {tuple(STEMS)}.")
+            raise ValueError(
+                f"stem must be one of {tuple(STEMS)}; got stem={self.stem!r}."
+            )
         if self.weights is not None and not os.path.exists(self.weights):
             raise ValueError(
-                f"weights={self.weights!r} is not the path of a file; give that of a "
-                "`.weights.h5` file, or `None`."
+                f"Expected the path of a file; got weights={self.weights!r}. Give the "
+                "path of a `.weights.h5` file, or `None`."
             )
         if self.pooling not in (None, "avg", "max"):
-            raise ValueError(f"pooling={self.pooling!r} must be None, 'avg' or 'max'.")
+            raise ValueError(
+                f"pooling must be None, 'avg' or 'max'; got pooling={self.pooling!r}."
+            )
 
     def build(self, make_stem, make_stage):
         """Returns the model.
 
         Args:
-            make_stem: `make_stem(layers)` returns one layer of several.
-            make_stage: `make_stage(x, stage)` returns the output of a `_Stage`.
+            make_stem: function, `make_stem(layers)` returns one layer.
+            make_stage: function, `make_stage(x, stage)` returns the output of a
+                `_Stage`.
         """
         stem = STEMS[self.stem]
         if self.input_tensor is None:
@@ -377,7 +395,7 @@ class _Network:
                 1.0, "fan_in", "uniform"
             ),
             kernel_regularizer=self.kernel_regularizer,
-            # Under a mixed policy, too, probabilities need the full precision.
+            # Probabilities need full precision, also under a mixed policy.
             dtype=keras.config.dtype_policy().variable_dtype,
             name="predictions",
         )(x)
@@ -397,14 +415,14 @@ class _Network:
         )
 
     def branch(self, filters, strides=1, preactivation=True):
-        """Returns BN-ReLU-conv, two or three times, the first convolution strided.
+        """Returns a branch: BN-ReLU-conv twice, with bottleneck three times.
 
         Args:
-            filters: channels of the output; the inner width of a bottleneck is a
-                quarter of it.
-            strides: of the first convolution.
-            preactivation: `False` leaves out the first BN-ReLU, as in the first block
-                of the paper's networks.
+            filters: int, the channels of the output. The inner width of a bottleneck
+                is a quarter of it.
+            strides: int, the strides of the first convolution.
+            preactivation: bool; `False` leaves out the first BN-ReLU, as in the first
+                block of the paper's networks.
         """
         convs = [(filters, 3), (filters, 3)]
         if self.bottleneck:
@@ -417,7 +435,7 @@ class _Network:
         return keras.Sequential(layers)
 
     def shortcut(self, filters, strides):
-        """Returns a layer from the input of a branch to the shape of its output."""
+        """Returns a layer that maps the input of a branch to its output's shape."""
         if self.bottleneck:
             return self.conv(filters, 1, strides)
         return PoolingShortcut(filters, strides)

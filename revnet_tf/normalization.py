@@ -16,14 +16,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """Keras's layer, with TensorFlow's fused operation for batches of images.
 
     The values are those of `keras.layers.BatchNormalization`. The gradient needs less
-    memory: it holds two inputs and one output of the size of the layer's input, where
-    the gradient of Keras's operations holds five such tensors.
+    memory: three tensors of the size of the layer's input, two inputs and one output.
+    The gradient of Keras's operations needs five such tensors.
 
     The layer uses Keras's operations in these cases:
 
     - synchronized replicas, renormalization, or a mask;
     - float64;
-    - an input of another rank than 4, or an axis other than the last one;
+    - an input whose rank is not 4, or an axis other than the last one;
     - XLA, which computes the variance of the fused operation as a difference of two
       large values.
 
@@ -53,8 +53,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ):
             old = tf.cast(moving, "float32")
             moving.assign(old * self.momentum + new * (1.0 - self.momentum))
-        # Otherwise TensorFlow's graph optimizer fuses the operation with a ReLU after
-        # it, and stores a mask. The allocator wastes memory on its odd size.
+        # Without this, TensorFlow's graph optimizer fuses the operation with a ReLU
+        # after it, and stores a mask. The allocator wastes memory on the mask's odd
+        # size.
         y = tf.ensure_shape(y, inputs.shape)
         return tf.cast(y, self.compute_dtype)
 

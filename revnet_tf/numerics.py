@@ -1,12 +1,12 @@
 """Rounding in reconstructed activations, and its effect on gradients.
 
-Rounding makes the activations that the backward pass reconstructs differ from those of
-the forward pass, more with every block.
+The backward pass reconstructs activations. Because of rounding, they differ from those
+of the forward pass. The difference grows with each block.
 
 - `reconstruction_error` measures the difference by block.
 - `gradient_angle` measures its effect on the gradient.
 - `ReversibilityMonitor` watches both while a model is trained.
-- `set_anchors` bounds them.
+- `set_anchors` bounds both.
 
 Reference: Gomez et al., 2017, section 3.3, https://arxiv.org/abs/1707.04585
 """
@@ -21,7 +21,7 @@ from revnet_tf import _probe
 from revnet_tf._files import replacing
 from revnet_tf._probe import BlockError, GradientAngle
 
-# The task decides where training begins to suffer. A gradient in float32 is itself some
+# The task decides which bounds training needs. A gradient in float32 is itself some
 # tenths of a degree away from that in float64. A gradient that is 10 degrees off has
 # 98 % of its length in the right direction.
 MAX_ERROR = 0.1
@@ -34,19 +34,19 @@ def reconstruction_error(
     """Measures reconstructed activations against those of the forward pass.
 
     The function calls the model with `training=True` and makes the backward pass of a
-    training step: in eager mode, as a graph or with XLA, as the model is compiled. A
+    training step. The compiled model decides between eager mode, a graph and XLA. A
     layer runs as a graph. Nothing in the model changes: no weight, statistic, seed or
-    loss. The pass stores the inputs of all blocks, as ordinary backpropagation.
+    loss. The pass stores the inputs of all blocks, as ordinary backpropagation does.
 
     Args:
-        model_or_layer: a built `keras.Model` or layer.
-        x: one batch of inputs.
+        model_or_layer: built `keras.Model` or layer.
+        x: tensor or nested tensors, one batch of inputs.
 
     Returns:
         A dict from the path of a `RevBlock` to its `BlockError`, in forward order.
-        Blocks of equal paths have a number after it: `block`, `block_1`. Blocks with
-        `recompute=False` are left out. The error of a block that is called several
-        times is the largest one.
+        Equal paths get a number: `block`, `block_1`. The dict has no blocks with
+        `recompute=False`. For a block that is called several times it has the largest
+        error.
 
     Raises:
         ValueError: the model or layer is not built.
@@ -64,13 +64,13 @@ def gradient_angle(model: keras.Model, x, y, sample_weight=None) -> GradientAngl
     needs the memory of ordinary backpropagation for the batch.
 
     Args:
-        model: a built and compiled `keras.Model`.
-        x, y, sample_weight: one batch, as `model.train_on_batch` takes it.
+        model: built and compiled `keras.Model`.
+        x, y, sample_weight: one batch, the arguments of `model.train_on_batch`.
 
     Returns:
-        A `GradientAngle`. An angle is infinite where only the gradient with
-        reconstructed activations is not finite. It is NaN where the other gradient is
-        not finite, and 90 degrees where one of both is zero.
+        A `GradientAngle`. An angle is infinite if only the gradient with reconstructed
+        activations is not finite. It is NaN if the other gradient is not finite, and 90
+        degrees if one of the two is zero.
 
     Raises:
         ValueError: the model is not built, or not compiled.
@@ -89,18 +89,19 @@ def set_anchors(
 ) -> list[str]:
     """Sets `anchor` on every k-th block, with a k that bounds error and angle.
 
-    `k` starts where the error passes its bound. It is halved until both measurements
-    on the batch are below their bounds, or all blocks are anchors. An anchor costs the
-    memory of the block's two inputs. Trace the training step again afterwards:
+    The first `k` is the distance from the last block at which the error exceeds its
+    bound. The function halves `k` until both measurements on the batch are below their
+    bounds, or all blocks are anchors. An anchor costs the memory of the block's two
+    inputs. Afterwards trace the training step again:
     `model.make_train_function(force=True)`.
 
     Args:
-        model, x, y, sample_weight: as for `gradient_angle`.
-        max_error: float, highest relative reconstruction error.
-        max_angle: float, highest overall gradient angle, in degrees.
+        model, x, y, sample_weight: the arguments of `gradient_angle`.
+        max_error: float, the highest relative reconstruction error.
+        max_angle: float, the highest overall gradient angle, in degrees.
 
     Returns:
-        The names of the anchors, in forward order, as in `reconstruction_error`.
+        The names of the anchors in forward order, the keys of `reconstruction_error`.
     """
     return _probe.Probe(model, x, y, sample_weight).set_anchors(max_error, max_angle)
 
@@ -108,32 +109,37 @@ def set_anchors(
 class ReversibilityMonitor(keras.callbacks.Callback):
     """Watches reconstruction error and gradient angle while a model is trained.
 
-    The monitor measures both on one batch, before the first step and after every
-    `every_steps` more. Training ends in the same weights as without it. A measurement
-    computes as much as 2 training steps with as many samples (2.05 in CPU time; 7
-    evaluations of the branches where a step has 4): one every 100 steps adds 2 %. It
-    needs the memory of ordinary backpropagation for its batch, which can be small.
+    The monitor measures both on one batch, before the first step and then after every
+    `every_steps` steps. It does not change the result of the training.
 
-    The largest values of an epoch go to its logs, as `reconstruction_error` (relative,
-    of the worst block) and `gradient_angle` (degrees). `History`, and a `CSVLogger` or
-    `TensorBoard` further on in the list of callbacks, find them there.
+    A measurement costs the CPU time of 2.05 training steps with as many samples. It has
+    7 evaluations of the branches, a step has 4. One measurement every 100 steps adds
+    2 %. It needs the memory of ordinary backpropagation for its batch, which can be
+    small.
+
+    The monitor writes the largest values of an epoch to its logs: the
+    `reconstruction_error` (relative, of the worst block) and the `gradient_angle`
+    (degrees). `History` reads them there. `CSVLogger` and `TensorBoard` also do, if
+    they follow the monitor in the list of callbacks.
 
     A training loop of your own calls the monitor as `fit` does, after
-    `monitor.set_model(model)`. The model has to be compiled with the loss.
+    `monitor.set_model(model)`. Compile the model with the loss first.
 
     Args:
-        x, y: the batch.
-        every_steps: int, number of training steps between two measurements.
-        max_error, max_angle: floats, the bounds of `set_anchors`. A warning that names
-            the block says when one of them is passed.
-        anchor: bool, whether to `set_anchors` then, and to train on with them. A
-            training loop of your own has to trace its step again after the warning.
-        plot: path of an image that is drawn again after each epoch; needs Matplotlib.
+        x, y: tensors or nested tensors, the batch.
+        every_steps: int, the number of training steps between two measurements.
+        max_error, max_angle: floats, the bounds of `set_anchors`. The monitor warns if
+            a value exceeds its bound, and names the block.
+        anchor: bool; `True`: after such a value, call `set_anchors` and continue the
+            training with the anchors. A training loop of your own must trace its step
+            again after the warning. Defaults to `False`.
+        plot: path of an image that the monitor draws after each epoch. It needs
+            Matplotlib. Defaults to `None`, no image.
 
     Attributes:
-        rows: list with a dict for each measurement: `step`, `reconstruction_error`,
+        rows: list of a dict for each measurement: `step`, `reconstruction_error`,
             `block` (the worst), `gradient_angle`. `step` counts the iterations of the
-            model's optimizer, or the ended batches if the loop does not use it.
+            model's optimizer. If the loop does not use it, `step` counts the batches.
 
     Reference:
         Gomez et al., 2017, section 3.3, https://arxiv.org/abs/1707.04585
@@ -152,9 +158,12 @@ class ReversibilityMonitor(keras.callbacks.Callback):
     ):
         super().__init__()
         if type(every_steps) is not int or every_steps < 1:
-            raise ValueError(f"every_steps={every_steps!r} must be an integer above 0.")
+            raise ValueError(
+                "every_steps must be an integer above 0; got "
+                f"every_steps={every_steps!r}."
+            )
         if plot is not None:
-            import matplotlib  # noqa: F401  Its absence is said now, not after hours.
+            import matplotlib  # noqa: F401  Fails now if it is missing, not after hours.
         self.x = x
         self.y = y
         self.every_steps = every_steps
@@ -168,8 +177,8 @@ class ReversibilityMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.model is None:
             raise ValueError(
-                "ReversibilityMonitor has no model; call `monitor.set_model(model)` "
-                "before training."
+                "Expected a model; ReversibilityMonitor has none yet. Call "
+                "`monitor.set_model(model)` before training."
             )
         self._probe = _probe.Probe(self.model, self.x, self.y)
         self._first_step = self._iterations()
@@ -182,7 +191,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
         self._begin_once()
         self._ended_batches += 1
         steps = self._step() - self.rows[-1]["step"]
-        # With `steps_per_execution` several steps end at once.
+        # With `steps_per_execution` one call ends several steps.
         if steps >= self.every_steps:
             self._measure()
 
@@ -197,7 +206,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
             draw(self.plot, self.rows, self.max_error, self.max_angle)
 
     def _begin_once(self):
-        """Begins for a loop that has not called `on_train_begin` with this model."""
+        """Calls `on_train_begin` if the loop has not called it with this model."""
         if self._probe is None or self._probe.model is not self.model:
             self.on_train_begin()
 
@@ -227,8 +236,8 @@ class ReversibilityMonitor(keras.callbacks.Callback):
             return
         found = (
             f"After step {row['step']}, the reconstructed inputs of {block} differ by "
-            f"{error:.2g} of their norm (max_error={self.max_error:g}), and the "
-            f"gradient by {angle.overall:.2g} degrees from that of stored activations "
+            f"{error:.2g} of their norm (max_error={self.max_error:g}). The gradient "
+            f"differs by {angle.overall:.2g} degrees from that of stored activations "
             f"(max_angle={self.max_angle:g}). "
         )
         if self.anchor and not all(b.anchor for b in self._probe.blocks.values()):
@@ -255,7 +264,7 @@ def draw(
     path: str | os.PathLike, rows: list[dict], max_error: float, max_angle: float
 ) -> None:
     """Draws the rows of a `ReversibilityMonitor` over the steps, into an image file."""
-    # A Figure of its own needs no display and does not touch pyplot's state.
+    # This class needs no display and does not change pyplot's state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def last_line_of_import(program="import revnet_tf", **environment):
-    """Returns the last line on stderr of a process, which fails."""
+    """Returns the last line that a failing process writes to stderr."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KERAS_")}
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -28,9 +28,9 @@ def last_line_of_import(program="import revnet_tf", **environment):
 
 def expected(backend):
     return (
-        "ImportError: revnet_tf needs Keras with the backend 'tensorflow', and Keras "
-        f"uses {backend!r}: set the environment variable KERAS_BACKEND=tensorflow "
-        'before Keras is imported, or "backend": "tensorflow" in keras.json.'
+        "ImportError: Expected Keras with the backend 'tensorflow'; Keras uses "
+        f"{backend!r}. Set the environment variable KERAS_BACKEND=tensorflow before "
+        'Keras is imported, or "backend": "tensorflow" in keras.json.'
     )
 
 
@@ -48,7 +48,7 @@ def test_other_backend_in_keras_json_is_refused(place, tmp_path):
 
 
 def test_other_backend_of_an_imported_keras_is_refused():
-    # OpenVINO's backend is imported lazily: Keras starts without its modules.
+    # Keras imports OpenVINO's backend lazily, so it starts without its modules.
     program = (
         "import os, keras; os.environ['KERAS_BACKEND'] = 'tensorflow'; import revnet_tf"
     )

@@ -1,4 +1,4 @@
-"""A layer takes what layers of Keras take: `training=None`, sparse arguments, ..."""
+"""Layers take the arguments that Keras layers take, such as `training=None`."""
 
 import json
 
@@ -27,7 +27,7 @@ def downsampling():
 
 @keras.saving.register_keras_serializable("tests")
 class Subclassed(keras.Model):
-    """The commonest subclassed model."""
+    """The most common form of a subclassed model."""
 
     def __init__(self, make=dense_block, **kwargs):
         super().__init__(**kwargs)
@@ -56,7 +56,7 @@ def test_training_none_is_inference_for_every_layer(make, run):
     )
 
 
-def test_training_none_takes_the_mode_of_the_model_that_calls():
+def test_training_none_takes_the_mode_of_the_calling_model():
     modes = []
 
     class Branch(layers.Layer):
@@ -104,13 +104,13 @@ def test_symbolic_training_is_refused():
     block = dense_block()
     block.build((2, 8))
     call = tf.function(lambda x, training: block(x, training=training))
-    with pytest.raises(ValueError, match="pass a Python bool"):
+    with pytest.raises(ValueError, match="Pass a Python bool"):
         call(images(2, 8), tf.constant(True))
 
 
 @keras.saving.register_keras_serializable("tests")
 class GraphConvolution(layers.Layer):
-    """Takes the adjacency matrix of a graph, sparse or dense."""
+    """A branch with the adjacency matrix of a graph, sparse or dense."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -245,7 +245,7 @@ def test_complex_inputs_are_refused(make):
         make()(tf.complex(images(2, 8), images(2, 8)))
 
 
-def test_inverse_of_a_symbolic_tensor_is_refused_with_the_way_out():
+def test_inverse_of_a_symbolic_tensor_is_refused():
     block, x = dense_block(), keras.Input((8,))
     y = block(x)
     with pytest.raises(ValueError, match="in the `call` of a layer of your own"):

@@ -1,9 +1,12 @@
-"""Building, saving, cloning, extraction and export, as users of such layers met them.
+"""Cases of building, saving, cloning, extraction and export, E01 to E17.
 
-Every test names the case that it stands for, E01 to E17. Cases that are proved
-elsewhere: E02 (weights before any data) and E06 (shared weights) in `test_layers` and
-`test_coupling`, E13 (no gradient operation in the exported graph) in `test_export`, and
-E17 (further arguments of the branches) in `test_pure`.
+The cases are reports of users of such layers; tests/CASES.md lists them. Other files
+test some of them:
+
+- E02, weights before any data, and E06, shared weights: `test_layers` and
+  `test_coupling`;
+- E13, no gradient operation in the exported graph: `test_export`;
+- E17, further arguments of the branches: `test_functional`.
 """
 
 import copy
@@ -60,9 +63,9 @@ def in_a_fresh_process(script, folder, **environment):
 
 @keras.saving.register_keras_serializable("tests_cases")
 class Affine(layers.Layer):
-    """A user's branch with weights of its own, and a table that it only reads."""
+    """A branch of a user, with a weight, a counter and a constant table."""
 
-    table = tf.constant([0.5, 2.0])  # of the class, as a captured constant
+    table = tf.constant([0.5, 2.0])  # A graph captures it as a constant.
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(input_shape[-1],), initializer="normal")
@@ -212,7 +215,8 @@ def test_e05_training_a_clone_leaves_the_original_as_it_was():
 
 
 def test_e05_a_clone_shares_what_the_layer_shares():
-    # Within a layer; Keras documents that `clone_model` does not between layers.
+    # Within one layer. Keras documents that `clone_model` does not share between
+    # layers.
     shared = layers.Dense(4, "tanh")
     blocks = [RevBlock(shared, layers.Dense(4)), RevBlock(shared, shared)]
     model = dense_model(RevSequence(blocks), RevBlock(shared, shared))
@@ -228,8 +232,8 @@ def test_e05_a_clone_shares_what_the_layer_shares():
 
 
 def test_e06_norm_of_a_shared_branch_advances_once_for_each_use():
-    # momentum 0.5 from 0 towards the batch means 1 (block 1) and 3 (block 2: the
-    # second stream is 1 + g = 1 + 2), worked out by hand: 0.5 and then 0.5 * 0.5 + 1.5.
+    # By hand: the batch means are 1 in block 1, and 3 in block 2, whose second stream
+    # is 1 + g = 1 + 2. Momentum 0.5 from 0 gives 0.5 and then 0.5 * 0.5 + 1.5.
     norm = layers.BatchNormalization(momentum=0.5, beta_initializer="zeros")
     add_two = layers.Dense(2, kernel_initializer="zeros", bias_initializer=two)
     sequence = RevSequence([RevBlock(norm, add_two) for _ in "ab"])
@@ -364,14 +368,14 @@ def test_e11_mixed_precision_model_is_exported_with_float32_outputs(tmp_path):
 # E12 and E14
 
 
-# TensorFlow's own interpreter announces its removal.
+# TensorFlow's interpreter warns that it will be removed.
 interpreter_warns = pytest.mark.filterwarnings(
     r"ignore:\s*Warning. tf.lite.Interpreter:UserWarning"
 )
 
 
 def interpreted(content, x):
-    """Returns what a TFLite model maps `x` to, in the units of the float model."""
+    """Returns the output of a TFLite model for `x`, in the units of the float model."""
     interpreter = tf.lite.Interpreter(model_content=content)
     (inputs,), (outputs,) = (
         interpreter.get_input_details(),
@@ -394,7 +398,7 @@ def interpreted(content, x):
 
 @interpreter_warns
 def test_e12_exported_network_converts_to_tflite_builtin_operations(tmp_path):
-    # Without `SELECT_TF_OPS` any other operation makes the converter fail.
+    # Without `SELECT_TF_OPS` the converter fails at any other operation.
     model = models.RevNet((1, 1), (8, 8, 16), True, input_shape=(8, 8, 3), classes=4)
     export_saved_model(model, tmp_path / "1")
     converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "1"))
@@ -404,7 +408,7 @@ def test_e12_exported_network_converts_to_tflite_builtin_operations(tmp_path):
 
 @interpreter_warns
 def test_e14_int8_conversion_after_training_keeps_the_accuracy(tmp_path):
-    # The route of E12 again, and instead of the tools that rewrite Keras layers.
+    # By the same converter as E12, without the tools that rewrite Keras layers.
     def striped(n, seed):
         rng = np.random.default_rng(seed)
         labels = rng.integers(0, 4, n)
@@ -418,7 +422,7 @@ def test_e14_int8_conversion_after_training_keeps_the_accuracy(tmp_path):
     model.fit(x, labels, epochs=6, verbose=0)
     for norm in model._flatten_layers():
         if isinstance(norm, layers.BatchNormalization):
-            norm.momentum = 0.0  # the statistics of the last batch, see below
+            norm.momentum = 0.0  # The statistics of the last batch; see below.
     model(x, training=True)
     export_saved_model(model, tmp_path / "1")
 
@@ -461,7 +465,7 @@ def test_e15_a_loss_on_features_and_logits_equals_autodiff():
 
 
 def kept_elements(model):
-    """Returns how much of the forward pass the gradient reads, without the weights."""
+    """Returns the size of the activations that the gradient reads."""
     forward = {}
 
     @tf.function(autograph=False)
@@ -487,7 +491,7 @@ def kept_elements(model):
     return sum(kept.values())
 
 
-def test_e15_asking_for_features_keeps_these_only():
+def test_e15_features_as_outputs_store_no_more_than_themselves():
     (features, net), _ = feature_networks()
     extra = kept_elements(features) - kept_elements(net)
     assert extra <= np.prod([2, *features.outputs[0].shape[1:]])
@@ -599,7 +603,8 @@ def test_layers_under_a_mixed_policy_compute_close_to_float32(name, policy):
     keras.config.set_dtype_policy(policy)
     model = public_model(name)
     layer = model.layers[1]
-    # Streams are float32; a shortcut is a part of a block and computes as it is told.
+    # Streams are float32. A shortcut is a part of a block and computes in its own
+    # dtype.
     compute = policy.removeprefix("mixed_") if name == "pooling" else "float32"
     assert layer(x).dtype == layer.compute_dtype == compute
     assert {v.dtype for v in model.trainable_variables} == {"float32"}

@@ -1,6 +1,7 @@
-"""Reports from users of other libraries, as cases: gradients, memory, recomputation.
+"""Cases of gradients, memory and recomputation, A01 to B11.
 
-The ids are those of the list of cases; what another file proves is not repeated here.
+The cases are reports from users of other libraries. tests/CASES.md lists them, and
+names the tests of cases that are in other files.
 """
 
 import gc
@@ -43,13 +44,13 @@ def dense_block(units=4, **kwargs):
 
 
 class Probe(layers.Layer):
-    """Counts in Python how often it is evaluated, and keeps what it was given."""
+    """A branch that records in Python its calls and its inputs."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.calls = []
         inputs = []
-        self.inputs = lambda: inputs  # as an attribute, Keras would track the list
+        self.inputs = lambda: inputs  # Keras would track an attribute.
 
     def call(self, x, training=False):
         if not isinstance(x, keras.KerasTensor):
@@ -77,7 +78,7 @@ def test_a01_inputs_by_keyword_are_recomputed_like_inputs_by_position(run):
                 )
             return tape.gradient(y, x)
 
-        block(x, training=True)  # the first time, the branches are looked at once more
+        block(x, training=True)  # The first call also traces the branches.
         block.f.calls.clear()
         block.g.calls.clear()
         results.append(run(gradient)(x))
@@ -87,7 +88,7 @@ def test_a01_inputs_by_keyword_are_recomputed_like_inputs_by_position(run):
 
 @keras.saving.register_keras_serializable("tests")
 class Gated(layers.Layer):
-    """Takes `training` and a keyword of its own."""
+    """A branch with `training` and a keyword of its own."""
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(input_shape[-1],), initializer="ones")
@@ -114,8 +115,8 @@ def test_a02_keywords_of_the_branches_train_alike_in_eager_and_graph_mode():
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_a03_pairing_of_weights_and_gradients_does_not_depend_on_chance(mode):
-    # What TensorFlow pairs by itself it orders by addresses (eager) or by names that
-    # collide (graph): other objects at each try.
+    # TensorFlow's own pairing follows addresses in eager mode, and names that collide
+    # in a graph. Each try therefore uses new objects.
     def make():
         def branch():
             return keras.Sequential([layers.Dense(3, use_bias=False) for _ in "abc"])
@@ -123,7 +124,7 @@ def test_a03_pairing_of_weights_and_gradients_does_not_depend_on_chance(mode):
         return RevBlock(branch(), branch())
 
     x = images(4, 6)
-    kept = []  # or the next layers get the addresses of the last
+    kept = []  # Else the next layers get the same addresses.
     for _ in range(20 if mode == "eager" else 5):
         pair = twins(make, (None, 6))
         kept.append(pair)
@@ -172,8 +173,8 @@ def test_a04_branches_without_weights_yet_are_built_in_a_strategy_scope(two_repl
 
 @pytest.mark.parametrize("read", [[], [True, True]], ids=["too_few", "too_many"])
 def test_a05_a_branch_with_another_number_of_gradients_is_refused(read):
-    # The gradients are laid out by the positions of the weights; a branch that says
-    # something about more or fewer weights than it has is caught there.
+    # The run has one gradient for each weight. A branch that reports more or fewer
+    # weights than it has is an error.
     weight = tf.constant(2.0)
 
     class Branch:
@@ -241,7 +242,7 @@ def test_a07_an_image_of_unknown_size_with_an_odd_width_is_refused():
 
 
 class Penalized(keras.Model):
-    """Adds the squared norm of the gradient for the input to its loss."""
+    """A model whose loss includes the squared norm of the gradient for the input."""
 
     def train_step(self, data):
         x, y = data
@@ -278,8 +279,9 @@ def test_a09_a_gradient_penalty_is_refused_and_trains_without_recomputation(eage
 
 
 @pytest.mark.parametrize("pfor", [True, False])
-def test_a10_gradients_asked_for_again_are_the_same_and_leave_the_state(pfor):
-    # Dropout draws its mask from a state: a gradient that moved it would differ.
+def test_a10_repeated_gradients_are_equal_and_change_no_state(pfor):
+    # Dropout draws its mask from a state. If a gradient changed it, the next would
+    # differ.
     def make():
         def branch():
             norm = layers.BatchNormalization(momentum=0.9)
@@ -351,7 +353,7 @@ def test_a16_a_block_made_in_a_remat_scope_recomputes_once(run):
     layer, _ = twins(make_in_scope, (None, 8))
     _, twin = twins(make, (None, 8))
     x = images(5, 8)
-    layer(x, training=True)  # the first time, the branches are looked at once more
+    layer(x, training=True)  # The first call also traces the branches.
     calls = layer.f.layers[0].calls
     calls.clear()
     got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
@@ -361,8 +363,8 @@ def test_a16_a_block_made_in_a_remat_scope_recomputes_once(run):
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_a16_branches_made_in_a_remat_scope_are_refused(mode):
-    # `keras.remat` cannot call a layer with `training` in a graph, with or without us:
-    # what can be promised is an error, and no missing gradient.
+    # `keras.remat` cannot call a layer with `training` in a graph, also without this
+    # library. The block therefore promises an error, and no missing gradient.
     with keras.RematScope(mode="full"):
         f, g = layers.Dense(4), layers.Dense(4)
     block = RevBlock(f, g)
@@ -397,7 +399,7 @@ def test_b05_no_tensor_is_left_over_from_an_eager_step():
         for _ in range(5):
             model.train_on_batch(*data)
         found.append(live_bytes())
-    assert found[0] > 0  # the weights, at least: the count can see tensors
+    assert found[0] > 0  # The weights at least: the count finds tensors.
     assert found[1] == found[2]
 
 
@@ -414,13 +416,13 @@ def test_b05_resident_memory_is_flat_after_warming_up():
         status = pathlib.Path("/proc/self/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
-    # One pair of streams kept for each step would be 256 KiB, 37 MiB in 150 steps.
+    # One pair of streams stored for each step would be 256 KiB, 37 MiB in 150 steps.
     first, last = resident_after(50), resident_after(150)
     assert last - first < 8 * 1024
 
 
 @pytest.mark.parametrize("recompute, alive", [(True, 0), (False, 2 * 2 * 4)])
-def test_b06_no_replica_keeps_hidden_tensors(two_replicas, recompute, alive):
+def test_b06_no_replica_stores_hidden_tensors(two_replicas, recompute, alive):
     made, found = [], []
     with two_replicas.scope():
         blocks = [RevBlock(Recorder(made), Recorder(made)) for _ in range(4)]
@@ -443,7 +445,7 @@ def test_b06_no_replica_keeps_hidden_tensors(two_replicas, recompute, alive):
     del tapes
 
 
-# A training step on one device or on two, at a given batch size for each of them.
+# A training step on one device or on two, with a batch size for each device.
 REPLICA_STEP = """
 import json, pathlib, re, sys
 import numpy as np, tensorflow as tf
@@ -484,12 +486,12 @@ def test_b06_a_replica_needs_what_a_single_device_needs():
         small, large = (peak(replicas, n) for n in (8, 40))
         return (large - small) / (32 * replicas)
 
-    # Two replicas reach their peaks at the same moment at worst.
+    # At worst, two replicas reach their peaks at the same time.
     assert per_sample(2) < 1.15 * per_sample(1)
 
 
-def test_b08_rebuilt_streams_are_those_of_the_forward_pass():
-    # Each branch keeps what it is given: x2 (f) and y1 (g) of each of ten blocks.
+def test_b08_reconstructed_streams_equal_those_of_the_forward_pass():
+    # Each branch records its input: x2 (f) and y1 (g) of each of ten blocks.
     def branch():
         stack = [Probe(), layers.BatchNormalization(), layers.Dense(4, "tanh")]
         return keras.Sequential([*stack, layers.Dropout(0.3, seed=1)])
@@ -531,7 +533,7 @@ def test_b10_a_model_without_channels_is_refused(shape):
 
 
 def test_b11_image_sizes_are_traced_together():
-    # Keras relaxes the shapes of a step that it traced for other sizes before.
+    # After a trace for other sizes, Keras relaxes the shapes of the step.
     probe = Probe()
     f = keras.Sequential([probe, layers.Conv2D(4, 3, padding="same")])
     x = keras.Input((None, None, 8))

@@ -1,7 +1,7 @@
-"""Shapes, channel layouts, dtypes and numerics that users of such layers met.
+"""Cases of shapes, channel layouts, dtypes and numerics, D01 to D14.
 
-Every test names the case that it stands for, D01 to D14. Cases that are proved
-elsewhere: D01 (odd widths) and D04 (branches that change the shape) in `test_layers`.
+The cases are reports of users of such layers; tests/CASES.md lists them. `test_layers`
+tests D01, odd widths, and D04, branches that change the shape.
 """
 
 import keras
@@ -93,9 +93,9 @@ def test_d03_channels_first_norm_and_dense_branches_equal_autodiff():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_d03_channels_first_convolution_does_what_tensorflow_does_with_it(rank):
-    # Whether the kernel exists on a CPU depends on TensorFlow's build; the block must
-    # neither help nor hinder.
+def test_d03_channels_first_convolution_works_or_fails_as_the_twin(rank):
+    # TensorFlow's build decides whether the kernel exists on a CPU. The block must give
+    # the same result, or the same error.
     conv = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}[rank]
 
     def make():
@@ -127,8 +127,8 @@ def test_d03_channels_first_convolution_does_what_tensorflow_does_with_it(rank):
     ids=["2d", "1d"],
 )
 def test_d03_convolution_that_keras_compiles_by_itself_equals_autodiff(conv):
-    # In groups, and three-dimensional with channels first, Keras's own layer wraps the
-    # operation in a `tf.function` that it makes anew in every call.
+    # For groups, and for three dimensions with channels first, Keras's layer wraps the
+    # operation in a new `tf.function` in every call.
     shape = (2, 5, 5, 8) if conv().rank == 2 else (2, 5, 8)
     layer, twin = twins(lambda: RevBlock(conv(), conv()), shape)
     x = images(*shape)
@@ -141,7 +141,7 @@ def test_d03_convolution_that_keras_compiles_by_itself_equals_autodiff(conv):
 def test_d03_networks_are_channels_last_whatever_the_keras_default(
     network, bottleneck, channels_first
 ):
-    # As their docstrings say: images are (batch, height, width, channels).
+    # Their docstrings say: images are (batch, height, width, channels).
     arguments = dict(input_shape=(8, 8, 3), classes=4)
     model = network((1, 1), (8, 8, 16), bottleneck, **arguments)
     keras.config.set_image_data_format("channels_last")
@@ -174,7 +174,7 @@ def test_d05_batches_of_different_sizes_train_under_two_replicas(two_replicas):
     )
     data = data.with_options(options)
 
-    def conv():  # without batch statistics, which are those of a replica
+    def conv():  # No batch statistics: those are of one replica.
         return layers.Conv2D(4, 3, padding="same", activation="tanh")
 
     weights = []
@@ -339,13 +339,13 @@ def test_d09_forward_pass_and_recomputation_compute_in_one_dtype(compute, mode):
         *(keras.Sequential([DtypeRecorder(seen), layers.Dense(4)]) for _ in "fg")
     )
     block.build((None, 8))
-    block(images(3, 8), training=True)  # the first time, it is also traced for effects
+    block(images(3, 8), training=True)  # The first call also traces it.
     seen.clear()
     step = loss_and_gradients
     if mode == "graph":
         step = tf.function(step, autograph=False)
     step(block, images(3, 8))
-    assert seen == [compute] * 4  # f and g, forward and again
+    assert seen == [compute] * 4  # f and g, in both evaluations
 
 
 @pytest.mark.parametrize("compute", ["float16", "bfloat16"])
@@ -358,7 +358,7 @@ def test_d09_mixed_gradients_are_near_those_of_float32(compute):
     got = loss_and_gradients(nets[0][0], x)
     expected = loss_and_gradients(nets[1][1], x)
 
-    def flat(gradients):  # together: that of a bias before a norm is zero but for noise
+    def flat(gradients):  # All together: for a bias before a norm it is only noise.
         return np.concatenate([np.ravel(gradient) for gradient in gradients])
 
     errors = relative_errors(
@@ -402,7 +402,7 @@ def test_d10_a_dtype_of_the_branch_alone_equals_autodiff(policy, f_dtype):
     x = images(5, 8)
     assert layer(x, training=True).dtype == tf.float32
     step = tf.function(loss_and_gradients, autograph=False)
-    # One block: both evaluations see streams that differ in float32's last places.
+    # One block. The streams of both evaluations differ in float32's last places.
     tolerance = 2**-7 if "bfloat16" in policy else 2**-10
     assert max(relative_errors(step(layer, x), step(twin, x))) < tolerance
 
@@ -428,7 +428,7 @@ def test_d11_resizing_branch_in_mixed_precision_compiles_and_equals_autodiff():
     step = tf.function(loss_and_gradients, autograph=False, jit_compile=True)
     got = step(layer, x)
     assert all(value.dtype == tf.float32 for value in got)
-    # One rounding of a float16 value to the next one, where the streams differ.
+    # Where the streams differ, a value may round to the next float16 value.
     assert max(relative_errors(got, step(twin, x))) < 2**-10
 
 
@@ -436,7 +436,7 @@ def test_d11_resizing_branch_in_mixed_precision_compiles_and_equals_autodiff():
 
 
 def deep_sequence(depth, scale=1, policy="float32"):
-    """Norms, and layers whose weights are `scale` times the usual ones."""
+    """Returns blocks with norms. Their weights are `scale` times the usual ones."""
     keras.config.set_dtype_policy(policy)
 
     def block():
@@ -455,7 +455,7 @@ def deep_sequence(depth, scale=1, policy="float32"):
     [
         (100, 1, "float32", 1e-3),
         (10, 3, "float32", 1e-3),
-        # A rounded branch steps to another bfloat16 number now and then: 2^-8 of it.
+        # Some values of a branch round to another bfloat16 value: a difference of 2^-8.
         (10, 3, "mixed_bfloat16", 2e-2),
     ],
 )
@@ -469,7 +469,7 @@ def test_d12_drift_of_a_deep_stack_in_training_is_bounded(depth, scale, policy, 
 
 @pytest.mark.parametrize(
     "dtype, bound",
-    # Without norms, what is lost in one block is amplified by the blocks before it.
+    # Without norms, the blocks before a block amplify its error.
     [("float64", 1e-9), ("float32", 1e-2)],
 )
 def test_d12_gradient_through_a_hundred_blocks_equals_autodiff(dtype, bound):
@@ -496,8 +496,8 @@ def test_d13_an_empty_batch_gives_zero_gradients(run):
         assert not np.any(gradient)
 
 
-def test_d13_an_empty_batch_through_batch_norm_does_what_keras_does_with_it():
-    # Keras's layer divides by the number of samples, and its statistics become NaN.
+def test_d13_an_empty_batch_through_batch_norm_gives_the_values_of_the_twin():
+    # Keras's layer divides by the number of samples: its statistics become NaN.
     layer, twin = twins(lambda: conv_sequence(dropout=0.0), (None, 6, 6, 8))
     x = images(0, 6, 6, 8)
     got, expected = loss_and_gradients(layer, x), loss_and_gradients(twin, x)
@@ -506,7 +506,7 @@ def test_d13_an_empty_batch_through_batch_norm_does_what_keras_does_with_it():
 
 
 def test_d13_a_replica_without_samples_changes_nothing_else(two_replicas):
-    # 9 samples in batches of 8: the last one is empty on one replica.
+    # 9 samples in batches of 8. The last batch is empty on one replica.
     data = tf.data.Dataset.from_tensor_slices((images(9, 8), images(9, 1)))
     weights = []
     for recompute in (True, False):
@@ -526,7 +526,7 @@ def test_d13_a_replica_without_samples_changes_nothing_else(two_replicas):
 
 
 class LayerScale(layers.Layer):
-    """Multiplies by a weight of its own, and by one that is not cast for it."""
+    """A branch with a weight that Keras casts, and one that Keras does not cast."""
 
     def build(self, input_shape):
         self.scale = self.add_weight(shape=(input_shape[-1],), initializer="ones")

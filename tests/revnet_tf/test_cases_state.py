@@ -1,6 +1,7 @@
-"""Reports from users of other libraries, as cases: norms, dropout, losses, masks.
+"""Cases of norms, dropout, losses and masks, C03 to C20.
 
-The ids are those of the list of cases; what another file proves is not repeated here.
+The cases are reports from users of other libraries. tests/CASES.md lists them, and
+names the tests of cases that are in other files.
 """
 
 import logging
@@ -59,7 +60,7 @@ def batches(num_samples, batch_size):
 
 
 def trained(make, recompute, scope, data, **kwargs):
-    """Returns all weights, state included, after an epoch."""
+    """Returns all weights, with the state, after an epoch."""
     with scope.scope():
         model = compiled(make, recompute, **kwargs)
     model.fit(data, verbose=0, shuffle=False)
@@ -67,7 +68,7 @@ def trained(make, recompute, scope, data, **kwargs):
 
 
 def test_c03_c11_replicas_with_dropout_have_the_gradients_of_the_twin(two_replicas):
-    # The second batch has two samples, and starts from moved statistics and seeds.
+    # The second batch has two samples, and starts from changed statistics and seeds.
     with two_replicas.scope():
         pair = twins(lambda: norm_sequence(1, dropout=0.5), (None, 8))
     results = []
@@ -91,8 +92,8 @@ def test_c03_c11_replicas_with_dropout_have_the_gradients_of_the_twin(two_replic
 def test_c03_c11_fit_with_dropout_and_a_small_last_batch_equals_the_twin(
     two_replicas, num_samples
 ):
-    # With 9 samples the second replica is given none of the last batch: the statistics
-    # of nothing are not numbers, for the twin too.
+    # The second replica gets none of the last batch of 9 samples. Its statistics become
+    # NaN, those of the twin, too.
     results = [
         trained(
             lambda: norm_sequence(1, dropout=0.5),
@@ -124,8 +125,8 @@ def test_c04_another_trace_does_not_move_the_random_stream():
 
 
 def test_c05_a_saved_model_goes_on_with_the_same_masks(tmp_path):
-    # Keras leaves the state of a `SeedGenerator` out of its files, with or without us:
-    # what can be promised is that the state is all that it takes to go on.
+    # Keras leaves the state of a `SeedGenerator` out of its files, also without this
+    # library. The test restores the state itself.
     data = images(8, 8), images(8, 1, seed=1)
     results = []
     for recompute in (True, False):
@@ -170,7 +171,7 @@ def test_c06_every_argument_of_a_block_survives_the_config(argument):
 
 
 def test_c07_c08_synchronized_norms_on_two_replicas_train_like_one_device(two_replicas):
-    # Rounding differs between the two sums, and 50 steps carry it on.
+    # The two sums round in different ways, and 50 steps amplify the difference.
     def make():
         return norm_sequence(synchronized=True)
 
@@ -215,7 +216,7 @@ def test_c09_convolutions_with_synchronized_norms_train_in_mixed_precision(
         return model.fit(*data, epochs=2, batch_size=8, verbose=0).history["loss"]
 
     expected = losses(False)
-    # (2^-10 is the step of float16.)
+    # 2^-10 is the spacing of float16 values.
     np.testing.assert_allclose(losses(True), expected, rtol=2**-9)
 
 
@@ -244,9 +245,9 @@ def test_c10_a_single_image_trains_a_net_down_to_one_pixel():
 def test_c12_a_model_trained_on_two_replicas_is_saved_like_the_twin(
     two_replicas, tmp_path
 ):
-    # Keras keeps moving statistics for each replica, with or without us, so `evaluate`
-    # on two replicas is not that of the file: what is read outside of a replica, by a
-    # file or by a call, is what the first one has.
+    # Keras has moving statistics for each replica, also without this library. A file
+    # and a call outside of a replica read those of the first replica. `evaluate` on two
+    # replicas therefore differs from the file.
     x = images(6, 8)
     predictions = []
     for recompute in (True, False):
@@ -265,7 +266,7 @@ def test_c12_a_model_trained_on_two_replicas_is_saved_like_the_twin(
     assert_close(*[[y] for y in predictions], rtol=1e-4, atol=1e-5)
 
 
-def test_c13_a_frozen_block_stands_still_until_it_is_thawed():
+def test_c13_a_frozen_block_does_not_change_until_it_is_trainable():
     data = images(24, 8), images(24, 1, seed=1)
     results = []
     for recompute in (True, False):
@@ -289,7 +290,7 @@ def test_c13_a_frozen_block_stands_still_until_it_is_thawed():
 
 
 class Flag(layers.Layer):
-    """Records the `training` that it is called with."""
+    """A branch that records the `training` of its calls."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -337,7 +338,7 @@ def test_c14_inference_under_a_tape_is_inference_in_the_gradient(run):
 
     d = run(gradient)(images(3, 8))
     assert {*block.f.flags} == {*block.g.layers[1].flags} == {False}
-    # y1 = x1 + x2 / 2 and y2 = x2 + c y1, with the first statistics, 0 and 1.
+    # With the initial statistics, 0 and 1: y1 = x1 + x2 / 2 and y2 = x2 + c y1.
     c = 0.5 / np.sqrt(1 + 1e-3)
     np.testing.assert_allclose(d[:, :4], 1 + c, rtol=1e-5)
     np.testing.assert_allclose(d[:, 4:], 0.5 * (1 + c) + 1, rtol=1e-5)
@@ -360,7 +361,7 @@ def test_c15_a_weight_is_regularized_once_however_often_the_model_is_called():
     for _ in range(5):
         model(x, training=True)
         check()
-    # The gradient of 0.5 w^2 is w: with nothing else to learn a step takes a tenth.
+    # The gradient of 0.5 w^2 is w. Without another loss a step takes a tenth of w.
     before = shared.kernel.numpy()
     y = model(x)
     model.train_on_batch(x, y)
@@ -426,7 +427,7 @@ def test_c19_streams_swapped_between_blocks_have_the_gradients_of_the_twin(run, 
                 for block in blocks:
                     y = block(y, training=True)
                     if kind == "pair":
-                        y = y[::-1]  # the very tensors that the block returned
+                        y = y[::-1]  # the tensors that the block returned
                     else:
                         y = tf.concat([y[:, 4:], y[:, :4]], -1)
                 loss = tf.reduce_sum(tf.sin(1.5 * tf.concat(y, -1)))
@@ -440,7 +441,7 @@ def test_c19_streams_swapped_between_blocks_have_the_gradients_of_the_twin(run, 
 
 
 class StepCounter(layers.Layer):
-    """Counts its training calls in an integer variable of its own."""
+    """A branch that counts its calls in training in an integer variable."""
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(input_shape[-1],))

@@ -1,5 +1,7 @@
-"""Reversible layers under what a trainer does: accumulation, clipping, averages,
-several steps in one call, custom loops, on one device and on two replicas."""
+"""Cases of the trainer and the optimizer, on one device and on two replicas.
+
+Accumulation, clipping, averages, several steps in one call, custom loops.
+"""
 
 import threading
 
@@ -35,14 +37,14 @@ def group_norm():
 
 
 def network(recompute=True, norm=None, sgd=None, cls=keras.Model, **compile_args):
-    """Returns a compiled model of two reversible blocks; equal weights every time."""
+    """Returns a compiled model of two reversible blocks, always with equal weights."""
     sgd = {"learning_rate": 0.1, **(sgd or {})}
     keras.utils.set_random_seed(3)
     x = keras.Input((8,))
     blocks = [RevBlock(branch(norm), branch(norm)) for _ in range(2)]
     y = RevSequence(blocks, recompute=recompute)(x)
     model = cls(x, layers.Dense(1)(y))
-    # (An optimizer keeps the strategy in whose scope it is made.)
+    # An optimizer stores the strategy in whose scope it is made.
     model.compile(keras.optimizers.SGD(**sgd), "mse", **compile_args)
     return model
 
@@ -70,7 +72,7 @@ def weights_after(strategy, count, batch_size, epochs=1, **kwargs):
 
 
 def finishes(function, seconds=120):
-    """Returns what `function` returns; fails if it has not returned in time."""
+    """Returns the result of `function`, or fails if it takes too long."""
     result = []
 
     def target():
@@ -90,16 +92,16 @@ def finishes(function, seconds=120):
 
 
 def test_accumulated_gradients_equal_those_of_the_large_batch(strategy):
-    # In float64: what is left of rounding says nothing about four steps in one.
+    # In float64, because float32 rounding would hide a difference.
     keras.config.set_dtype_policy("float64")
     replicas = strategy.num_replicas_in_sync
     small = {"momentum": 0.9, "gradient_accumulation_steps": 4}
     with strategy.scope():
         model = network(norm="group", sgd=small)
     if replicas > 1:
-        # Keras 3.15 merges the gradients of the replicas inside the condition that asks
-        # whether to update, which TensorFlow refuses, for any model: what can be
-        # promised is that ours ends as the twin does, in that error and not in a hang.
+        # Keras 3.15 merges the gradients of the replicas inside the condition of the
+        # update. TensorFlow refuses this for any model. The model must end with this
+        # error, as the twin does, and not hang.
         with strategy.scope():
             twin = network(False, "group", small)
         for m in (model, twin):
@@ -127,8 +129,8 @@ def test_moving_statistics_advance_once_for_every_accumulated_batch():
 
 
 def test_clipped_update_is_that_of_the_twin_and_bounded_on_each_replica(strategy):
-    # Keras clips on each replica, before the sum: the bound is that of one replica
-    # times their number, for every model.
+    # Keras clips on each replica before the sum, for any model. The bound is that of
+    # one replica times the number of replicas.
     sgd = {"learning_rate": 0.5, "global_clipnorm": 0.1}
     updates = []
     for recompute in (True, False):
@@ -192,7 +194,7 @@ def test_averages_are_swapped_in_for_evaluation_and_out_again():
     arguments = {"callbacks": callbacks, "validation_data": batches(8, 8)}
     fit(model, 40, 8, epochs=2, **arguments)
     assert_close(look.evaluated, averages(record.weights), rtol=1e-5, atol=1e-6)
-    # (Keras swaps by additions: equal up to rounding.)
+    # Keras swaps by additions, so the weights are equal up to rounding.
     assert_close(look.trained, record.weights[4], rtol=1e-5, atol=1e-6)
 
 
@@ -228,7 +230,7 @@ def test_smaller_last_batch_weighs_as_many_samples_as_it_has(strategy, count):
 
 
 def test_train_on_batch_under_a_strategy_equals_one_device(two_replicas):
-    # Keras gives every replica the whole batch, so the step is that of one device.
+    # Keras passes the whole batch to every replica. The step is that of one device.
     results = []
     for strategy in (two_replicas, tf.distribute.get_strategy()):
         with strategy.scope():
@@ -314,7 +316,7 @@ def replica_gradients(strategy, make, x):
 
 
 class UsedByTheFirstReplica(layers.Layer):
-    """Has a weight that takes part in the computation of one replica only."""
+    """A branch with a weight that only one replica uses."""
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(input_shape[-1],), initializer="ones")
@@ -322,7 +324,7 @@ class UsedByTheFirstReplica(layers.Layer):
 
     def call(self, x):
         x = tf.tanh(self.scale * x)
-        context = tf.distribute.get_replica_context()  # (none where Keras builds)
+        context = tf.distribute.get_replica_context()  # none when Keras builds
         if context and tf.get_static_value(context.replica_id_in_sync_group) == 0:
             x = self.w * x
         return x
@@ -341,8 +343,8 @@ def test_weight_that_one_replica_does_not_use_gets_zeros_there(two_replicas):
 
 
 def test_replicas_that_use_different_weights_train_without_waiting(two_replicas):
-    # (The twin has no gradient on one replica and one on the other, so Keras drops the
-    # variable on one of them only: nothing to compare with.)
+    # There is no twin to compare with: it has a gradient on one replica only, and Keras
+    # drops the variable on the other replica.
     with two_replicas.scope():
         x = keras.Input((8,))
         y = RevBlock(UsedByTheFirstReplica(), layers.Dense(4))(x)

@@ -1,4 +1,4 @@
-"""The gradient by reconstruction: right, once, and nothing kept for it."""
+"""The gradient by reconstruction: right, computed once, and without stored tensors."""
 
 import gc
 
@@ -37,14 +37,14 @@ def test_gradients_equal_autodiff_and_state_advances_once(run, dtype):
     x = images(5, 6, 6, 8, dtype=dtype)
     step = run(loss_and_gradients)
     other = run(loss_and_gradients)
-    for _ in range(2):  # the second step starts from moved statistics and seeds
+    for _ in range(2):  # The second step starts from changed statistics.
         got, expected = step(recomputed, x), other(stored, x)
     assert_close(got, expected, **TOLERANCE[dtype])
     assert_same_state(recomputed, stored)
 
 
 def test_moving_mean_after_one_step_is_a_tenth_of_the_batch_mean():
-    # momentum 0.9 from 0, worked out by hand; a second update would give 0.19.
+    # By hand: momentum 0.9 from 0. A second update would give 0.19.
     block = RevBlock(conv_branch(4), conv_branch(4))
     x = images(8, 6, 6, 8) + 3.0
     loss_and_gradients(block, x)
@@ -69,7 +69,7 @@ def test_dropout_mask_is_replayed_and_moves_on_with_the_next_step(run):
 
 
 class Counter(layers.Layer):
-    """Counts in Python how often it is evaluated, and in what mode."""
+    """A branch that records in Python the mode of each call."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -87,7 +87,7 @@ class Counter(layers.Layer):
 def test_branches_run_twice_in_a_training_step_and_once_in_a_prediction(run):
     block = RevBlock(Counter(), Counter())
     x = images(2, 8)
-    block(x, training=True)  # the first time, the branches are looked at once more
+    block(x, training=True)  # The first call also traces the branches.
     block.f.calls.clear()
     block.g.calls.clear()
     run(loss_and_gradients)(block, x)
@@ -172,7 +172,7 @@ def test_a_branch_shared_by_all_blocks_gets_the_sum_and_its_state_in_order(run):
         return RevSequence([RevBlock(shared, shared) for _ in range(3)])
 
     layer, twin = twins(make, (None, 6, 6, 8))
-    assert len(layer.trainable_variables) == 8  # of one branch: two norms, two convs
+    assert len(layer.trainable_variables) == 8  # 2 norms, 2 convolutions
     x = images(3, 6, 6, 8)
     got, expected = run(loss_and_gradients)(layer, x), run(loss_and_gradients)(twin, x)
     assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -207,8 +207,8 @@ def test_mixed_precision_keeps_float32_streams_and_equal_casts(policy):
     step = tf.function(loss_and_gradients, autograph=False)
     got, expected = step(layer, x), step(twin, x)
     assert all(g.dtype == tf.float32 for g in got)
-    # The rebuilt streams differ in float32's last places, which now and then rounds a
-    # value to the next float16 or bfloat16 number.
+    # The reconstructed streams differ in float32's last places. Some values therefore
+    # round to the next float16 or bfloat16 value.
     step_size = 2**-10 if policy == "mixed_float16" else 2**-7
     for a, b in zip(got, expected, strict=True):
         error = np.linalg.norm(a - b) / np.linalg.norm(b)
@@ -221,7 +221,7 @@ def test_second_derivative_is_refused(mode):
     x = images(3, 4)
     block.build(x.shape)
 
-    def linear_loss():  # dy does not depend on x: only the guard connects them
+    def linear_loss():  # dy does not depend on x. Only the guard connects them.
         with tf.GradientTape() as outer:
             outer.watch(x)
             with tf.GradientTape() as inner:
@@ -313,12 +313,11 @@ def hidden_tensors_alive(num_blocks, recompute):
 
 def test_no_hidden_tensor_stays_alive_in_eager_mode():
     assert hidden_tensors_alive(6, recompute=True) == 0
-    assert hidden_tensors_alive(6, recompute=False) == 12  # the test can fail
+    assert hidden_tensors_alive(6, recompute=False) == 12  # So the test can fail.
 
 
 def traced_step(function, weights, *shape):
-    """Returns the operations of the forward pass, and those that the gradient needs
-    beyond them."""
+    """Returns the operations of the forward pass, and the others of the gradient."""
     forward = []
 
     @tf.function(autograph=False)
@@ -336,7 +335,7 @@ def traced_step(function, weights, *shape):
 
 
 class Scaled(layers.Layer):
-    """An operation that can be found again in a graph, times a weight."""
+    """A branch with a weight and an operation whose type identifies it in a graph."""
 
     def __init__(self, operation):
         super().__init__()
@@ -350,9 +349,9 @@ class Scaled(layers.Layer):
 
 
 def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
-    # Every branch is an operation of a type of its own. Before its second occurrence,
-    # in the backward pass, come the derivative of the branch that follows, and the
-    # gradient for that branch's weight, a sum over the batch.
+    # Every branch has an operation of its own type. Before its second evaluation, the
+    # backward pass must compute two values of the following branch. They are its
+    # derivative, and the gradient for its weight, a sum over the batch.
     kinds = ["Erf", "Lgamma", "Atan", "Asinh"]
     operations = [tf.math.erf, tf.math.lgamma, tf.atan, tf.asinh]
     derivative = {"Lgamma": "Digamma", "Atan": "Reciprocal", "Asinh": "Cosh"}
@@ -369,9 +368,9 @@ def test_recomputation_waits_for_all_gradients_of_the_branch_that_follows():
         assert any(again[following] in ancestors(op) for op in sums)
 
 
-def test_an_input_that_no_one_goes_on_with_is_not_rebuilt():
-    # The products of linear branches: two for the gradients of each, and one to rebuild
-    # a stream, but for the first stream of the first block.
+def test_unused_input_is_not_reconstructed():
+    # A linear branch has two matrix products for its gradients. One more reconstructs
+    # a stream, except for the first stream of the first block.
     sequence = RevSequence(
         [RevBlock(layers.Dense(4), layers.Dense(4)) for _ in range(2)]
     )
@@ -394,7 +393,7 @@ def ancestors(op):
 
 
 def test_stacked_blocks_do_not_read_their_own_outputs_again():
-    # What the backward pass reads of the forward pass has to be kept for it.
+    # TensorFlow stores the tensors of the forward pass that the backward pass reads.
     blocks = [RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")) for _ in "abc"]
     for block in blocks:
         block.build((None, 8))
@@ -410,12 +409,12 @@ def test_stacked_blocks_do_not_read_their_own_outputs_again():
         read = [t for o in backward for t in o.inputs if t.op.name in names]
         return {t.name for t in read if t.shape.as_list() == [2, 4]}
 
-    # The two streams that leave the last block; a gap in the chain keeps two more.
+    # The two output streams of the last block. A gap in the chain adds two more.
     assert len(kept(stack)) == 2
     assert len(kept(lambda x: blocks[1](1.0 * blocks[0](x, training=True)))) == 4
 
 
-def test_blocks_with_another_consumer_between_them_are_still_right(run):
+def test_blocks_with_another_consumer_between_them_have_right_gradients(run):
     def make():
         return [
             RevBlock(layers.Dense(4, "tanh"), layers.Dense(4, "tanh")) for _ in "ab"
@@ -502,7 +501,7 @@ def test_run_refuses_a_branch_with_another_number_of_states():
 
 
 def drifting_sequence(anchors):
-    """Scaled weights: streams grow, and what is rebuilt of their starts is ruined."""
+    """Returns blocks of scaled weights. Streams grow, so reconstruction fails."""
 
     def branch():
         kernel = keras.initializers.RandomNormal(stddev=2.0)
@@ -516,9 +515,7 @@ def drifting_sequence(anchors):
 @pytest.mark.parametrize(
     "anchors, right", [(range(10), True), (range(0, 10, 2), True), ((), False)]
 )
-def test_anchors_keep_gradients_right_where_streams_cannot_be_rebuilt(
-    run, anchors, right
-):
+def test_anchors_make_gradients_right_where_reconstruction_fails(run, anchors, right):
     pair = twins(lambda: drifting_sequence(anchors), (None, 8))
     x = images(16, 8)
 
@@ -531,7 +528,7 @@ def test_anchors_keep_gradients_right_where_streams_cannot_be_rebuilt(
         np.concatenate([*map(np.ravel, run(step)(layer, x))]) for layer in pair
     )
     error = np.linalg.norm(recomputed - stored) / np.linalg.norm(stored)
-    # One block that is rebuilt loses some digits, ten lose them all.
+    # The reconstruction of one block loses some digits, that of ten loses all.
     assert error < 1e-3 if right else error > 0.1
 
 

@@ -1,4 +1,4 @@
-"""A SavedModel is complete, right and plain, or it is not there."""
+"""A SavedModel is complete, right and plain, or it does not exist."""
 
 import collections
 import json
@@ -51,9 +51,9 @@ assert "revnet_tf" not in sys.modules
 
 
 def ops_of(path, name="serving_default"):
-    """Returns how often each operation is in the graph of a signature."""
+    """Returns the count of each operation in the graph of a signature."""
     signature = tf.saved_model.load(str(path)).signatures[name]
-    # What calls what, without the functions of other signatures.
+    # Only the functions that this graph calls, not those of other signatures.
     definition = signature.graph.as_graph_def()
     functions = {f.signature.name: f.node_def for f in definition.library.function}
     counts, todo = collections.Counter(), [definition.node]
@@ -76,7 +76,7 @@ def test_exported_graph_is_the_forward_pass_and_that_of_the_plain_twin(
 ):
     build = getattr(models, network)
     pair = [build(recompute=recompute) for recompute in (True, False)]
-    # Without a process that checks: this is about the graphs.
+    # No check in a process of its own, because the test compares graphs only.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_check_saved_model", lambda *_: None)
         for i, model in enumerate(pair):
@@ -88,7 +88,7 @@ def test_exported_graph_is_the_forward_pass_and_that_of_the_plain_twin(
     assert ops["Relu"] == kinds["ReLU"]
     assert ops["Rsqrt"] == kinds["BatchNormalization"]
     assert ops["MatMul"] == kinds["Dense"] == 1
-    assert ops["AddN"] == 2 * blocks  # each stream is added to once in a block
+    assert ops["AddN"] == 2 * blocks  # A block adds once to each stream.
     assert not [op for op in ops if "Grad" in op or "Backprop" in op or op == "While"]
 
 
@@ -160,7 +160,7 @@ def test_signatures_answer_as_the_live_model(uint8_export):
     got = signatures["features"](inputs=x)
     assert set(got) == {"features"}
     np.testing.assert_allclose(got["features"], features, atol=1e-5)
-    # PNG keeps every pixel; the same file gives the same answer in both ways.
+    # PNG files are lossless, so both ways give the same answer.
     files = tf.stack([tf.io.encode_png(image) for image in x])
     np.testing.assert_allclose(
         signatures["encoded"](image_bytes=files)["predictions"], live, atol=1e-5
@@ -294,7 +294,7 @@ def test_model_that_was_never_built_is_refused(tmp_path):
 
 def test_saved_model_that_differs_is_not_written(tmp_path):
     class Unsteady(keras.layers.Layer):
-        """Answers otherwise every time, as a layer does that ignores `training`."""
+        """A layer with another answer in every call."""
 
         def call(self, x):
             return x + tf.cast(tf.timestamp() % 1000, tf.float32)
@@ -311,7 +311,7 @@ def test_full_disk_leaves_the_version_before_alone(tmp_path):
     export_saved_model(model, tmp_path / "1")
     before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # As a disk with room for no more than this in a file.
+    # The limit of the file size stands for a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
     try:
         with pytest.raises((OSError, tf.errors.OpError), match="File too large"):
@@ -323,11 +323,11 @@ def test_full_disk_leaves_the_version_before_alone(tmp_path):
 
 def test_read_only_folder_is_left_alone():
     model = small_model()
-    # Not in `tmp_path`, which only its owner may enter.
+    # Not in `tmp_path`, because only its owner can enter it.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         superuser = os.geteuid() == 0
-        if superuser:  # who may write everywhere
+        if superuser:  # It can write everywhere.
             os.seteuid(65534)
         try:
             with pytest.raises((OSError, tf.errors.OpError), match="ermission denied"):

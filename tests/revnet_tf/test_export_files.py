@@ -1,4 +1,4 @@
-"""LiteRT and ONNX files give the model's answers, or are not there."""
+"""LiteRT and ONNX files give the model's answers, or do not exist."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ def test_file_answers_as_a_model_with_streams_of_floats_and_its_own_constants(
     tmp_path, name
 ):
     x = keras.Input((8, 8, 3))
-    # Of more numbers than TensorFlow writes into a graph by itself.
+    # A constant larger than those that TensorFlow writes into a graph.
     mean = np.linspace(-1, 1, 8 * 8 * 3).reshape(8, 8, 3)
     y = keras.layers.Normalization((1, 2, 3), mean=mean, variance=mean**2 + 1)(x)
     network = models.RevNet((2, 2), (8, 8, 16), input_shape=(8, 8, 3), classes=4)
@@ -57,11 +57,11 @@ def test_fixed_point_streams_are_served_and_never_leave_their_range_in_silence(
 ):
     block = RevBlock(keras.layers.Dense(2), keras.layers.Dense(2), fraction_bits=14)
     model = dense_model(block)
-    x, too_large = random(5, 4), np.full((5, 4), 2000, "float32")  # of 2**(24 - 14)
+    x, too_large = random(5, 4), np.full((5, 4), 2000, "float32")  # of 2**10
     live = model.predict(x, verbose=0)
     for name, write in WRITERS.items():
         write(model, tmp_path / name)
-        # A sum in another order may round to the next multiple.
+        # A sum in another order can round to the next multiple.
         np.testing.assert_allclose(ask(tmp_path / name, x), live, atol=2**-13)
         assert np.isnan(ask(tmp_path / name, too_large)).all()
     export_saved_model(model, tmp_path / "1")
@@ -99,14 +99,14 @@ def test_existing_file_is_refused_and_left_alone(tmp_path, name):
 )
 def test_missing_extra_is_named(tmp_path, monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"install revnet-tf\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"Install revnet-tf\[{extra}\]"):
         WRITERS[name](dense_model(), tmp_path / name)
     assert not os.listdir(tmp_path)
 
 
 def test_litert_file_that_differs_is_not_written(tmp_path):
     class Unsteady(keras.layers.Layer):
-        """Answers otherwise each time that its graph is made."""
+        """A layer with another answer in every graph."""
 
         def call(self, x):
             return x + np.random.default_rng().uniform()
@@ -133,7 +133,7 @@ def test_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch):
 
 def test_int8_file_of_ranges_that_do_not_fit_is_not_written(tmp_path):
     class Steep(keras.layers.Layer):
-        """What matters is far below the step of 8 bits over the range."""
+        """A layer whose differences are far below the resolution of 8 bits."""
 
         def call(self, x):
             return (x * 1e-4 + 1e4) - 1e4

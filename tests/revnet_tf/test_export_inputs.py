@@ -45,7 +45,7 @@ def sizes_that_64_divides():
 
 
 class Positions(layers.Layer):
-    """Adds an embedding of the first 16 positions; there are no others."""
+    """Adds embeddings of positions, of which the table has 16."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -89,7 +89,7 @@ def one_hot():
 
 
 class Table(layers.Layer):
-    """Its table of five entries is not known from outside."""
+    """A layer with a table of five entries that no attribute shows."""
 
     def call(self, x):
         return tf.gather(tf.eye(5), x)
@@ -143,13 +143,13 @@ def one_output_in_a_dict():
     ],
 )
 def test_inputs_are_drawn_that_the_model_accepts(make, tmp_path):
-    # A warning, that there is no check, is an error here.
+    # In the tests, the warning of a missing check is an error.
     export_onnx(make(), tmp_path / "model.onnx")
     assert os.listdir(tmp_path) == ["model.onnx"]
 
 
 def requests_of(folder):
-    """Returns the arguments of the requests with which a server warms up."""
+    """Returns the arguments of the warm-up requests."""
     file = folder / "assets.extra" / "tf_serving_warmup_requests"
     for record in tf.data.TFRecordDataset(str(file)):
         log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
@@ -173,8 +173,8 @@ def test_subclassed_model_of_any_input_is_exported_with_examples(tmp_path):
     np.testing.assert_array_equal(request, examples[:1])
 
 
-def test_answers_that_are_never_finite_are_not_checked_and_not_lost(tmp_path):
-    # A logarithm of negative values, live and exported alike.
+def test_model_without_finite_answers_is_written_with_a_warning(tmp_path):
+    # The logarithm of negative values is NaN in both models.
     model = logarithm(1e6)
     model.layers[2].set_weights([np.ones((8, 4)), np.zeros(4)])
     with pytest.warns(UserWarning, match="not checked.*is finite.*Give `examples`"):
@@ -185,7 +185,7 @@ def test_answers_that_are_never_finite_are_not_checked_and_not_lost(tmp_path):
     assert not (tmp_path / "1" / "assets.extra").exists()
 
 
-def test_examples_make_the_check_that_drawn_inputs_cannot(tmp_path):
+def test_examples_allow_a_check_where_random_inputs_do_not(tmp_path):
     model = logarithm(1e6)
     model.layers[2].set_weights([np.ones((8, 4)), np.zeros(4)])
     examples = np.full((2, 8), 2e6)
@@ -193,8 +193,8 @@ def test_examples_make_the_check_that_drawn_inputs_cannot(tmp_path):
     assert os.listdir(tmp_path) == ["model.onnx"]
 
 
-def test_some_answers_that_are_not_finite_are_answers(tmp_path):
-    # The kernel is random: some of its products are negative for all inputs.
+def test_model_with_some_finite_answers_is_checked_and_written(tmp_path):
+    # The kernel is random. Some of its products are negative for all inputs.
     export_onnx(logarithm(0.0), tmp_path / "model.onnx")
     assert os.listdir(tmp_path) == ["model.onnx"]
 
@@ -245,7 +245,7 @@ def test_onnx_file_without_the_tables_of_a_text_model_is_refused(tmp_path):
 
 
 def confident_network(policy):
-    """RevNet-38 with probabilities as far apart as those of a trained network."""
+    """A RevNet-38 whose probabilities differ as those of a trained network do."""
     keras.config.set_dtype_policy(policy)
     model = models.RevNet38(input_shape=(8, 8, 3), classes=10)
     kernel, bias = model.layers[-1].get_weights()

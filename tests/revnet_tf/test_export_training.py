@@ -21,7 +21,7 @@ def dense_model():
 
 
 class Trainer(tf.Module):
-    """A model with the functions that a device trains it with."""
+    """A model with the functions for its training on a device."""
 
     def __init__(self, model, jit_compile=None):
         super().__init__()
@@ -59,13 +59,13 @@ class Trainer(tf.Module):
 
 
 def losses(train, x, y):
-    # Each one depends on the weights that the steps before it have made.
+    # Each loss depends on the weights after the steps before it.
     return [float(train(x=x, y=y)["loss"]) for _ in range(4)]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A trainer, and the one that was loaded; a test trains both with equal steps."""
+    """A trainer and its loaded copy. A test trains both with equal steps."""
     trainer = Trainer(dense_model())
     path = str(tmp_path_factory.mktemp("model") / "1")
     tf.saved_model.save(trainer, path, {"train": trainer.train})
@@ -100,7 +100,7 @@ def test_loaded_forward_pass_has_the_gradients_of_the_original(pair):
     expected, got = [gradients(one.forward) for one in pair]
     assert len(got) == 1 + len(pair[0].model.trainable_variables)
     assert_close(got[0], expected[0])
-    # The loaded variables have an order of their own.
+    # The loaded variables have another order.
     norms = [sorted(float(tf.norm(d)) for d in found) for found in (got, expected)]
     assert_close(*norms)
 
@@ -133,12 +133,12 @@ def test_saved_training_step_of_a_revnet_under_xla_trains_without_warnings(
     tf.saved_model.save(module, str(tmp_path / "1"), {"train": module.train})
     train = tf.saved_model.load(str(tmp_path / "1")).signatures["train"]
     assert losses(train, x, y) == losses(trainer.train, x, y)
-    # TensorFlow warns of a custom gradient that the file lacks.
+    # TensorFlow warns if the file lacks a custom gradient.
     assert "custom gradient" not in caplog.text
 
 
 class Fitted(keras.Model):
-    """A model with a training step of its own, which `fit` leaves traced."""
+    """A model with its own training step. `fit` traces it."""
 
     def __init__(self):
         super().__init__()

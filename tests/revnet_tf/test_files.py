@@ -1,4 +1,4 @@
-"""Layers come back from every kind of file with their weights, also from old files."""
+"""Layers load from every kind of file with their weights, also from old files."""
 
 import pathlib
 
@@ -67,7 +67,7 @@ def test_network_comes_back_from_an_hdf5_file(tmp_path):
     np.testing.assert_array_equal(loaded(x), model(x))
 
 
-def test_file_that_version_0_1_wrote_gives_the_predictions_that_version_gave():
+def test_file_of_version_0_1_gives_the_predictions_of_that_version():
     model = keras.models.load_model(DATA / "revnet_0_1.keras")
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype("float32")
     expected = [0.001990010729, 0.055179990828, 0.002178911352, 0.025008074939]

@@ -1,4 +1,4 @@
-"""With fixed-point streams the recomputation has the bits of the forward pass."""
+"""With fixed-point streams the recomputation equals the forward pass bit for bit."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ layers = keras.layers
 
 @pytest.fixture
 def same_sums():
-    """TensorFlow's optimizer adds the gradients of ordinary graphs in another order."""
+    """Turns off the graph optimizer, which reorders sums in ordinary graphs."""
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     yield
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
@@ -36,7 +36,7 @@ def blocks(count, **options):
 
 
 def stacked(count, formats, recompute):
-    """Returns a model of blocks whose formats take turns."""
+    """Returns a model of blocks with alternating formats."""
     x = y = keras.Input((4, 4, 4))
     for i in range(count):
         (block,) = blocks(1, fraction_bits=formats[i % len(formats)])
@@ -53,9 +53,9 @@ def assert_same_bits(pair, x, mode):
         np.testing.assert_array_equal(a, b)
 
 
-def test_numbers_become_the_nearest_multiples_of_a_quarter():
+def test_values_become_the_nearest_multiples_of_a_quarter():
     x = tf.constant([0.1, 0.125, 0.13, 0.375, -0.3, 5.0])
-    expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # halves to the even multiple
+    expected = [0.0, 0.0, 0.25, 0.5, -0.25, 5.0]  # a half rounds to even
     for elementary in (True, False):
         quantized = _fixed_point.quantize(x, 2, elementary)
         np.testing.assert_array_equal(quantized, expected)
@@ -92,7 +92,7 @@ def test_a_change_is_rounded_once_and_taken_back_to_the_last_bit(run):
 
 
 def test_the_graph_optimizer_leaves_the_order_of_the_sums_alone():
-    # Without `same_sums`: as in `model.fit`. Branches that end with a sum of their own.
+    # Without `same_sums`, as in `model.fit`. Each branch ends with a sum of its own.
     def branch():
         x = keras.Input((8, 8, 2))
         y = layers.Conv2D(2, 3, padding="same", use_bias=False)(x)
@@ -138,7 +138,7 @@ def test_gradients_have_the_same_bits_with_every_normalization(norm, mode, same_
     assert_same_bits(twins(sequence, (None, 8, 8, 8)), images(4, 8, 8, 8), mode)
 
 
-def test_without_fixed_point_numbers_the_gradients_differ(same_sums):
+def test_without_fixed_point_streams_the_gradients_differ(same_sums):
     pair = twins(lambda: RevSequence(blocks(5)), (None, 4, 4, 4))
     with pytest.raises(AssertionError):
         assert_same_bits(pair, images(4, 4, 4, 4), "eager")
@@ -205,7 +205,7 @@ def test_leaving_the_range_is_an_error_and_nan_under_xla(
     layer = RevBlock(
         Scale(factor), Scale(factor), fraction_bits=14, recompute=recompute
     )
-    x = np.ones((1, 2), np.float32)  # to 101 and 10,101; the range ends at 1,024
+    x = np.ones((1, 2), np.float32)  # to 101 and 10,101. The range ends at 1,024.
     layer.build((1, 2))
 
     def call():
@@ -233,7 +233,7 @@ def test_sequence_gives_its_format_to_blocks_without_one_and_takes_theirs():
     assert RevSequence(blocks(2, fraction_bits=9)).fraction_bits == 9
     sequence = RevSequence(blocks(1, fraction_bits=8) + blocks(1), fraction_bits=8)
     assert sequence.fraction_bits == 8
-    # The blocks themselves stay as they are.
+    # The sequence does not change the blocks.
     assert [block.fraction_bits for block in sequence.blocks] == [8, None]
 
 
@@ -245,7 +245,7 @@ def test_sequence_refuses_blocks_of_another_format_and_leaves_them_alone(given):
     assert [block.fraction_bits for block in mixed] == [9, None]
 
 
-# In a large graph TensorFlow reorders sums that it leaves alone in a small one.
+# TensorFlow reorders sums in a large graph that it does not reorder in a small one.
 @pytest.mark.parametrize("batch", [4, 8000], ids=["small", "large"])
 def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(
     batch, same_sums
@@ -267,7 +267,7 @@ def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-def test_a_thousand_blocks_are_rebuilt_without_an_error(policy):
+def test_a_thousand_blocks_are_reconstructed_without_an_error(policy):
     keras.config.set_dtype_policy(policy)
     x = keras.Input((4, 4, 4))
     model = keras.Model(x, RevSequence(blocks(1000), fraction_bits=14)(x))

@@ -1,4 +1,4 @@
-"""What a branch may do, what it is given, and what is refused."""
+"""Branches: their effects, their arguments, and the refused ones."""
 
 import keras
 import numpy as np
@@ -22,7 +22,7 @@ class AssignsItsWeight(layers.Layer):
 
 
 class AssignsItsSecondWeight(layers.Layer):
-    """Of another shape than the first, with which it cannot be compared."""
+    """A branch that assigns its second weight, of another shape than the first."""
 
     def build(self, input_shape):
         self.kernel = self.add_weight(shape=(input_shape[-1], input_shape[-1]))
@@ -80,7 +80,7 @@ class Counts(layers.Layer):
 
 
 class HiddenRandom(layers.Layer):
-    """In the function library of the graph rather than in the graph."""
+    """A branch whose random operation is in the function library of the graph."""
 
     def call(self, x):
         return tf.function(lambda x: x * tf.random.normal((4,)))(x)
@@ -155,7 +155,7 @@ def test_branch_that_is_a_function_of_its_own_is_refused():
     block = RevBlock(Decorated(), layers.Dense(4))
     x = images(2, 8)
     with pytest.raises(ValueError, match="Remove the decorator"):
-        for _ in range(2):  # TensorFlow traces the first two calls, and keeps these
+        for _ in range(2):  # TensorFlow traces the first two calls.
             loss_and_gradients(block, x)
 
 
@@ -168,7 +168,7 @@ def test_state_that_cannot_leave_a_control_flow_graph_is_refused():
 
 
 @pytest.mark.parametrize("step", [DownsamplingBlock, RevSequence])
-def test_every_layer_refuses_what_a_block_refuses(step):
+def test_every_layer_refuses_the_branches_that_a_block_refuses(step):
     if step is RevSequence:
         layer = RevSequence([RevBlock(layers.Dense(4), TensorFlowRandom())])
     else:
@@ -240,7 +240,7 @@ BRANCHES = {
 
 
 class Positions(layers.Layer):
-    """A learnt table that is looked up: its gradient is sparse."""
+    """A branch with a lookup in a learnt table, whose gradient is sparse."""
 
     def build(self, input_shape):
         self.table = self.add_weight(shape=(9, input_shape[-1]), initializer="normal")
@@ -266,7 +266,7 @@ def test_any_kind_of_branch_has_the_gradients_of_its_twin(name, mode):
 
 
 class Conditioned(layers.Layer):
-    """Names two arguments of its own, one with a gradient and one without."""
+    """A branch with two arguments of its own. One has a gradient."""
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(input_shape[-1],))
@@ -288,7 +288,7 @@ def test_arguments_of_the_call_reach_the_branches_that_name_them(run, kind):
         keras.utils.set_random_seed(7)
         layer = make()
         layer.recompute = recompute
-        layer(images(2, 8), condition=condition[:2])  # another batch size at first
+        layer(images(2, 8), condition=condition[:2])  # other batch size
 
         def gradients(x, condition, layer=layer):
             with tf.GradientTape() as tape:
@@ -312,7 +312,7 @@ def test_argument_that_no_branch_names_is_refused():
         block(images(2, 8), condition=images(2, 4), conditions=images(2, 4))
 
 
-def test_branch_that_needs_more_than_a_stream_says_so():
+def test_branch_that_needs_more_than_a_stream_is_refused():
     block = RevBlock(Conditioned(), layers.Dense(4))
     with pytest.raises(TypeError, match="cannot be called on one stream"):
         block(images(2, 8))
@@ -331,7 +331,7 @@ def test_model_with_a_condition_is_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_implicit_mask_reaches_the_branches_and_goes_on(training):
-    # Padded steps must not change what the pooling sees.
+    # Padded steps must not change the input of the pooling.
     model = keras.Sequential(
         [
             layers.Masking(),
@@ -496,10 +496,11 @@ def test_in_a_graph_promised_blocks_are_traced_once(monkeypatch):
         trace_step(sequence)
         return len(calls)
 
-    # For f and for g: the forward pass, and the backward pass of the last block, of the
-    # blocks between, and of the first, which reconstructs no input.
+    # Traces of f and of g: one of the forward pass, and three of the backward pass.
+    # These are of the last block, of the blocks between, and of the first block, which
+    # reconstructs no input.
     assert traced(3, alike=True) == traced(6, alike=True) == 2 * 4
-    # A block without a promise: forward and backward.
+    # The block without a promise has one trace of each pass.
     assert traced(6, alike=False) == 2 * 2 * 6
 
 
@@ -607,11 +608,11 @@ def test_gradients_through_batch_normalization_are_those_of_autodiff(run, option
     assert_close(*results, rtol=1e-10, atol=1e-10)
     states = [[v.numpy() for v in layer.non_trainable_variables] for layer in pair]
     assert_close(*states, rtol=1e-10, atol=1e-10)
-    # The layers of the user stay what they are.
+    # The block does not change the user's layers.
     assert [(type(v), sorted(vars(v))) for v in pair[0].blocks[0].f.layers] == before
 
 
-def test_a_layer_that_was_set_free_again_in_a_frozen_branch_gets_its_gradient():
+def test_trainable_layer_in_a_frozen_branch_gets_its_gradient():
     gradients = []
     for layer in twins(lambda: conv_sequence(2), (None, 3, 3, 8)):
         for block in layer.blocks:
@@ -622,7 +623,7 @@ def test_a_layer_that_was_set_free_again_in_a_frozen_branch_gets_its_gradient():
     assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_what_happens_elsewhere_in_the_graph_is_not_held_against_a_branch():
+def test_random_operations_elsewhere_in_the_graph_are_not_refused():
     @tf.function
     def augment(x):
         return x + tf.random.normal(tf.shape(x))

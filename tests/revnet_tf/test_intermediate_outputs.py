@@ -54,7 +54,7 @@ MODELS = [stacked_blocks, stacked_sequences, pairs, stages_of_a_revnet]
 
 
 def gradients(model, x, training, second_consumer=False):
-    """Returns the gradients of a score for the outputs before the last, and weights."""
+    """Returns the gradients of a score for the intermediate outputs and the weights."""
     with tf.GradientTape() as tape:
         *features, last = model(x, training=training)
         score = tf.reduce_sum(tf.sin(3 * last))

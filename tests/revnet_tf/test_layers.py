@@ -98,7 +98,7 @@ def test_inverse_in_training_mode_uses_batch_statistics():
 
 
 def test_inverse_before_build_says_what_to_do():
-    with pytest.raises(ValueError, match="call or build it first"):
+    with pytest.raises(ValueError, match="Call or build it first"):
         dense_block().inverse(images(2, 8))
 
 
@@ -127,29 +127,29 @@ def test_axis_that_is_no_integer_is_refused(axis):
         lambda: layers.Conv2D(8, 3, padding="same"),
         lambda: layers.Conv2D(4, 3, strides=2, padding="same"),
         lambda: layers.Conv2D(4, 3),
-        lambda: layers.Conv2D(1, 3, padding="same"),  # would be broadcast
+        lambda: layers.Conv2D(1, 3, padding="same"),  # The sum would broadcast it.
         lambda: layers.Flatten(),
     ],
     ids=["wider", "strided", "valid", "one_channel", "flattened"],
 )
 def test_branch_that_changes_the_shape_is_refused(branch, name):
     pair = {"f": layers.Conv2D(4, 1), "g": layers.Conv2D(4, 1), name: branch()}
-    with pytest.raises(ValueError, match=f"change {name} so that"):
+    with pytest.raises(ValueError, match=f"Change {name} so that"):
         RevBlock(**pair).build((None, 8, 8, 8))
 
 
 def test_broadcasting_of_an_unknown_dimension_is_refused():
     pool = layers.GlobalAveragePooling2D(keepdims=True)
-    with pytest.raises(ValueError, match="change f"):
+    with pytest.raises(ValueError, match="Change f"):
         RevBlock(pool, layers.Conv2D(4, 1)).build((None, None, None, 8))
 
 
 def test_branch_must_be_a_layer():
-    with pytest.raises(ValueError, match="g=.*must be a Keras layer"):
+    with pytest.raises(ValueError, match="g must be a Keras layer"):
         RevBlock(layers.Dense(2), tf.tanh)
 
 
-def test_sequence_refuses_what_it_cannot_apply():
+def test_sequence_refuses_blocks_that_it_cannot_apply():
     with pytest.raises(ValueError, match="empty"):
         RevSequence([])
     with pytest.raises(ValueError, match="differ in axis"):
@@ -261,7 +261,7 @@ def test_fit_equals_ordinary_backpropagation(kind, jit_compile):
 
 @keras.saving.register_keras_serializable("tests")
 class Scale(layers.Layer):
-    """A registered subclass that builds itself when it is called first."""
+    """A registered subclass that builds itself in its first call."""
 
     def call(self, x):
         return self.w * x
@@ -327,7 +327,7 @@ def test_constructor_arguments_equal_config_keys(cls):
         accepted |= set(inspect.signature(base.__init__).parameters)
     accepted -= {"self", "kwargs", "args"}
     if cls is RevSequence:
-        accepted -= {"axis"}  # that of the blocks
+        accepted -= {"axis"}  # The blocks have it.
     assert set(layer.get_config()) == accepted | {"name", "trainable", "dtype"}
 
 
@@ -340,7 +340,7 @@ def test_tensorflow_checkpoint_holds_every_variable(tmp_path):
     path = tf.train.Checkpoint(model=models[0]).save(str(tmp_path / "checkpoint"))
     tf.train.Checkpoint(model=models[1]).restore(path).assert_consumed()
     for v, w in zip(models[0].variables, models[1].variables, strict=True):
-        if "seed_generator" not in v.path:  # which Keras's own layers hide, too
+        if "seed_generator" not in v.path:  # Keras's layers hide it, too.
             np.testing.assert_array_equal(v.numpy(), w.numpy(), err_msg=v.path)
 
 
@@ -423,7 +423,7 @@ def test_weights_are_visible_once_each_before_any_data():
 
 
 def test_mirrored_replicas_train_like_one_device(two_replicas):
-    # No batch statistics here: two replicas of half the batch do what one device does.
+    # Without batch statistics, two replicas of half the batch equal one device.
     def make():
         x = keras.Input((8,))
         y = RevSequence([dense_block() for _ in range(2)])(x)

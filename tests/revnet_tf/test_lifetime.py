@@ -1,4 +1,4 @@
-"""What is left of a model that was trained and deleted."""
+"""Memory of models that were trained and deleted."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ NUM_BLOCKS = 4
 
 
 def fit_and_delete(structure, recompute, units=4):
-    """Returns weak references to the branches and kernels of a model that is gone."""
+    """Returns weak references to the branches and kernels of a deleted model."""
     blocks = make_blocks(recompute, units)
     x = y = keras.Input((2 * units,))
     for layer in [RevSequence(blocks)] if structure == "sequence" else blocks:
@@ -33,7 +33,7 @@ def fit_and_delete(structure, recompute, units=4):
 
 
 def loop_and_delete(structure, recompute, units=4):
-    """Does the same with a training step of its own."""
+    """As `fit_and_delete`, with a custom training step."""
     blocks = make_blocks(recompute, units)
     steps = [RevSequence(blocks)] if structure == "sequence" else blocks
     for layer in steps:
@@ -84,10 +84,10 @@ def resident_mib():
 
 
 def cycles(train, recompute, count=30):
-    """Prints the resident size after each of some models that came and went."""
+    """Prints the resident size after each model that was trained and deleted."""
     sizes = []
     for _ in range(count):
-        # A kernel is 1 MiB, so that weights that stay show.
+        # A kernel is 1 MiB, so the size shows weights that stay in memory.
         train("blocks", recompute, units=512)
         keras.backend.clear_session()
         gc.collect()
@@ -96,7 +96,7 @@ def cycles(train, recompute, count=30):
 
 
 def growth_per_cycle(train, recompute):
-    """Returns by how many MiB a fresh process grows with every model, once warm."""
+    """Returns the MiB by which a warm process grows with each model."""
     program = f"import test_lifetime as t; t.cycles(t.{train.__name__}, {recompute})"
     paths = [str(ROOT), str(ROOT / "tests"), str(pathlib.Path(__file__).parent)]
     done = subprocess.run(
@@ -118,7 +118,7 @@ def growth_per_cycle(train, recompute):
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [fit_and_delete, loop_and_delete])
 def test_models_that_come_and_go_grow_a_process_no_more_than_their_twins(train):
-    # After `fit` the twin grows, too, by all of its weights: the sum over replicas in
-    # Keras's optimizer is a custom gradient, which TensorFlow never forgets.
+    # After `fit` the process of the twin grows by all of its weights, too. The sum over
+    # replicas in Keras's optimizer is a custom gradient, which TensorFlow never frees.
     twin = growth_per_cycle(train, False)
     assert growth_per_cycle(train, True) <= twin + NUM_BLOCKS

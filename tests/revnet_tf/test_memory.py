@@ -1,4 +1,4 @@
-"""What `memory` says of a training step, by the side of hand-worked numbers."""
+"""The figures of `memory` for a training step, compared with values by hand."""
 
 import re
 
@@ -15,7 +15,7 @@ STREAM = BATCH_SIZE * WIDTH * 4  # bytes of one of two streams, 2 MiB
 
 
 def dense_model(num_blocks, **kwargs):
-    """Returns a chain whose branches are one matrix product each."""
+    """Returns a chain of blocks. Each branch is one matrix product."""
 
     def branch():
         return keras.layers.Dense(WIDTH, use_bias=False)
@@ -29,17 +29,17 @@ def kept(model):
     return {s.name: s.kept_bytes for s in memory.estimate(model, BATCH_SIZE).stages}
 
 
-def test_a_rebuilt_sequence_keeps_its_two_output_streams_whatever_its_depth():
+def test_a_sequence_of_any_depth_stores_its_two_output_streams():
     for num_blocks in (1, 4):
-        # The dense layer at the end keeps them joined, once more.
+        # The dense layer at the end stores them once more, joined.
         assert kept(dense_model(num_blocks))["body"] == pytest.approx(4 * STREAM, 0.01)
 
 
-def test_stored_blocks_keep_the_input_of_each_branch():
+def test_blocks_without_recomputation_store_the_input_of_each_branch():
     def body(num_blocks):
         return kept(dense_model(num_blocks, recompute=False))["body"]
 
-    # In each block x2, for f, and y1, for g.
+    # Each block stores x2 for f and y1 for g.
     assert body(5) - body(4) == pytest.approx(2 * STREAM, 0.01)
 
 
@@ -85,11 +85,11 @@ def test_the_estimate_is_within_a_tenth_of_the_measurement(network):
     assert estimated == pytest.approx(measured, 0.1)
 
 
-def test_with_xla_the_estimate_is_what_the_compiler_writes_down():
+def test_with_xla_the_estimate_is_the_buffer_that_the_compiler_assigns():
     model = networks.build("sequence", 3, jit_compile=True)
     found = memory.estimate(model, 64)
     inputs = 64 * 32 * 32 * 64 * 4
-    # The step of `fit` has a loss and metrics of its own.
+    # The step of `fit` also has a loss and metrics.
     assert found.activation_bytes + found.gradient_bytes - inputs == pytest.approx(
         xla_temporary_bytes("sequence", 3, 64), 0.02
     )
@@ -122,8 +122,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("mode", processes.MODES)
-def test_a_revnet_keeps_little_more_than_must_be_alive(mode):
-    # While one branch of the first stage is differentiated: `benchmarks.estimate`.
+def test_a_revnet_needs_little_more_than_the_lower_bound(mode):
+    # `benchmarks.estimate` defines the lower bound.
     program, flags = MEASURE_OF_THE_LEAST, processes.MODES[mode]
     found = processes.python("-c", program, mode, xla_flags=flags)
     assert max(found) < 1.15
@@ -188,7 +188,7 @@ def test_a_budget_below_the_minimum_names_it_and_the_largest_batch_that_fits():
     assert [b.recompute for b in model.get_layer("body").blocks] == [True, False, True]
 
 
-def test_a_budget_for_nothing_at_all_says_so():
+def test_a_budget_below_a_batch_of_one_is_refused():
     with pytest.raises(ValueError, match="not even a batch of 1 fits"):
         memory.plan(dense_model(1), 4, 100)
 
@@ -204,7 +204,7 @@ def test_a_plan_takes_effect_in_a_model_that_has_been_trained():
     model.train_on_batch(x, y)
 
 
-def test_what_cannot_be_estimated_is_refused():
+def test_models_that_cannot_be_estimated_are_refused():
     with pytest.raises(ValueError, match="no reversible layer"):
         memory.plan(models.ResNet((1,), (4, 4)), 2, 10**9)
     with pytest.raises(ValueError, match="input_shape"):

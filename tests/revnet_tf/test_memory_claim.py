@@ -1,7 +1,8 @@
 """Activation memory does not depend on depth, measured on whole training steps.
 
-The measurements are those of `benchmarks.memory`: peak resident size of fresh processes
-at two batch sizes in graph mode, and the compiler's own buffer assignment with XLA.
+The measurements are those of `benchmarks.memory`. In graph mode they are the peak
+resident sizes of fresh processes at two batch sizes. With XLA they are the buffers that
+the compiler assigns.
 """
 
 import pytest
@@ -31,7 +32,8 @@ def test_memory_of_every_kind_of_chain_is_flat_at_4_8_and_16_blocks(network):
     for mode, depths, limit in (
         ("graph", (4, 8, 16), 0.15),
         ("xla", (4, 8, 16), 0.02),
-        # Flat from 8 blocks: one of 4 has a quarter of a stream less a sample.
+        # Flat from 8 blocks. A chain of 4 needs a quarter of a stream less for each
+        # sample.
         ("xla_for_memory", (8, 16), 0.02),
     ):
         assert spread([bytes_per_sample(network, n, mode) for n in depths]) < limit

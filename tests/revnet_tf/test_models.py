@@ -8,7 +8,7 @@ from twins import assert_close, images
 
 from revnet_tf import models
 
-# Number of classes: parameters, by hand from the authors' published configuration.
+# Parameters by number of classes, by hand from the authors' published configuration.
 PARAMETERS = {
     "ResNet32": {10: 464_154, 100: 470_004},
     "RevNet38": {10: 464_890, 100: 475_060},
@@ -24,7 +24,7 @@ PARAMETERS = {
 
 
 def num_parameters(layer):
-    """Trainable ones, as the paper counts: without moving statistics."""
+    """Returns the number of trainable parameters, as the paper counts them."""
     return sum(int(np.prod(v.shape)) for v in layer.trainable_variables)
 
 
@@ -35,7 +35,7 @@ def test_parameter_counts_are_the_papers(name):
     classes = model.output_shape[-1]
     for other, count in PARAMETERS[name].items():
         assert num_parameters(model) - top + top // classes * other == count
-    # The first is the default.
+    # The first number of classes is the default.
     assert classes == next(iter(PARAMETERS[name]))
 
 
@@ -107,8 +107,8 @@ def test_weights_start_as_in_the_authors_code(network, arguments):
     for k in convs:
         stddev = np.sqrt(2 / (k.shape[0] * k.shape[1] * k.shape[3]))
         assert np.abs(k).max() <= 2 * stddev
-        # Truncation at two standard deviations leaves 0.8796 of the deviation, and
-        # the standard error of one estimated from n values is about 1 / sqrt(2 n).
+        # Truncation at two standard deviations leaves 0.8796 of the deviation. An
+        # estimate from n values has a standard error of about 1 / sqrt(2 n).
         assert abs(k.std() / (0.8796 * stddev) - 1) < 5 / np.sqrt(2 * k.size)
     firsts = [k.ravel()[:8].tobytes() for k in convs]
     assert len(set(firsts)) == len(firsts)
@@ -214,9 +214,9 @@ def test_predictions_are_float32_under_a_mixed_policy():
     "arguments, message",
     [
         (dict(num_blocks=(1,), channels=(8, 7)), r"\[7\] cannot be split"),
-        (dict(num_blocks=(1, 1), channels=(8, 8)), "needs 3"),
-        (dict(num_blocks=(1, 0), channels=(8, 8, 8)), "each stage needs a block"),
-        (dict(num_blocks=(), channels=(8,)), "each stage needs a block"),
+        (dict(num_blocks=(1, 1), channels=(8, 8)), "Expected 3 channels"),
+        (dict(num_blocks=(1, 0), channels=(8, 8, 8)), "Each stage needs a block"),
+        (dict(num_blocks=(), channels=(8,)), "Each stage needs a block"),
         (dict(num_blocks=(1,), channels=(8, 8), weights="imagenet"), "weights="),
         (dict(num_blocks=(1,), channels=(8, 8), pooling="mean"), "pooling="),
         (dict(num_blocks=(1,), channels=(8, 8), stem="ImageNet"), "stem="),

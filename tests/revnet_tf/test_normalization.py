@@ -1,4 +1,4 @@
-"""Batch normalization against Keras's layer."""
+"""Batch normalization, compared with Keras's layer."""
 
 import keras
 import numpy as np
@@ -92,7 +92,7 @@ def test_other_inputs_than_images_and_masks_are_left_to_keras():
     assert_close(results(ours, x, mask=mask), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_variance_of_a_single_number_is_zero():
+def test_the_variance_of_a_single_value_is_zero():
     ours, _ = pair((1, 1, 1, 3))
     before = ours.moving_variance.numpy()
     ours(images(1, 1, 1, 3), training=True)

@@ -1,4 +1,4 @@
-"""What is measured of the reconstruction is what the gradient really used."""
+"""The measured reconstruction is the one that the gradient uses."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ WIDTH = 4
 
 
 class Scale(layers.Layer):
-    """Multiplies by a number, without weights: what is rebuilt is worked out easily."""
+    """A branch without weights, whose reconstruction NumPy can compute."""
 
     def __init__(self, scale, **kwargs):
         super().__init__(**kwargs)
@@ -28,7 +28,7 @@ class Scale(layers.Layer):
 
 
 def dense_block(stddev=0.3, activation="tanh", dtype=None, **kwargs):
-    """Streams of the scaled weights of linear layers grow, and drift when rebuilt."""
+    """Returns a block of dense layers. Large weights make its reconstruction drift."""
 
     def branch():
         kernel = keras.initializers.RandomNormal(stddev=stddev)
@@ -97,17 +97,17 @@ def test_stacked_blocks_drift_together_but_not_in_eager_mode(mode):
     blocks = [dense_block() for _ in range(8)]
     model = model_of(blocks, "stacked", **compiled(mode))
     first, *_, last = numerics.reconstruction_error(model, x).values()
-    # In eager mode each block finds its own output: one block of drift.
+    # In eager mode each block uses its own output, so it has the drift of one block.
     assert (first.relative < 3 * last.relative) == (mode == "eager")
 
 
-def test_fixed_point_streams_are_rebuilt_without_an_error():
+def test_fixed_point_streams_are_reconstructed_without_an_error():
     model = model_of([dense_block(fraction_bits=14) for _ in range(5)])
     errors = numerics.reconstruction_error(model, batch()[0])
     assert list(errors.values()) == [(0.0, 0.0)] * 5
 
 
-def test_blocks_that_are_not_rebuilt_are_not_reported():
+def test_blocks_without_recomputation_are_not_reported():
     blocks = [dense_block(recompute=i != 1) for i in range(3)]
     errors = numerics.reconstruction_error(model_of(blocks), batch()[0])
     assert list(errors) == [blocks[0].path, blocks[2].path]
@@ -138,7 +138,7 @@ def test_blocks_of_nested_models_and_of_the_papers_networks_are_found():
 
 
 class TwoOfOneName(keras.Model):
-    """Keras gives both blocks, and their weights, the same paths."""
+    """A model with two blocks to which Keras gives the same paths."""
 
     def __init__(self, make, names=("block", "block")):
         super().__init__(name="model")
@@ -199,7 +199,7 @@ def test_anchors_are_set_on_all_blocks_of_one_name():
 
 
 def test_a_layer_without_weights_yet_is_refused():
-    with pytest.raises(ValueError, match="call or build it first"):
+    with pytest.raises(ValueError, match="Call or build it first"):
         numerics.reconstruction_error(dense_block(), batch()[0])
 
 
@@ -208,10 +208,10 @@ def test_angles_between_known_vectors():
     a = [np.array([3.0, 0.0]), np.array([0.0, 4.0])]
     b = [np.array([0.0, 3.0]), np.array([0.0, 4.0])]
     angle = _probe.angle(a, b, variables)
-    # cos = 16 / 25, and the first pair is at right angles
+    # The cosine is 16 / 25. The first pair is at right angles.
     assert angle.overall == pytest.approx(np.degrees(np.arccos(16 / 25)))
     assert list(angle.by_variable.values())[0] == pytest.approx(90)
-    # An arc cosine would say 0 or 1.2e-6.
+    # An arc cosine would return 0 or 1.2e-6.
     assert _probe.degrees([(np.array([1, 0]), np.array([1, 1e-10]))]) == (
         pytest.approx(np.degrees(1e-10))
     )
@@ -224,7 +224,7 @@ def test_angles_between_known_vectors():
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_angle_is_that_of_the_gradients_of_training_steps(mode):
-    """SGD with a learning rate of 1 and no momentum shows the gradients."""
+    """Reads the gradients from the weights after a step of SGD with a rate of 1."""
     x, y = batch()
     steps = []
     for recompute in (True, False):
@@ -245,7 +245,7 @@ def test_angle_is_that_of_the_gradients_of_training_steps(mode):
     a, b = map(np.float64, steps)
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     assert angle.overall > 1
-    # (with XLA the step is compiled as a whole, and rounds otherwise)
+    # XLA compiles the whole step, and rounds in another way.
     tolerance = 0.3 if mode == "xla" else 1e-3
     expected = np.degrees(np.arccos(cosine))
     assert angle.overall == pytest.approx(expected, rel=tolerance)
@@ -258,7 +258,7 @@ def test_angle_needs_a_loss():
 
 
 def drifting_model(depth, mode):
-    """Scaled weights and streams in bfloat16: what is rebuilt is soon of no use."""
+    """Returns a model whose reconstruction fails: scaled weights, bfloat16 streams."""
     blocks = [dense_block(0.5, dtype="bfloat16") for _ in range(depth)]
     return model_of(blocks, **compiled(mode))
 
@@ -266,7 +266,7 @@ def drifting_model(depth, mode):
 @pytest.mark.parametrize(
     "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)]
 )
-def test_drift_is_reported_with_the_block_and_anchors_bring_it_back(mode):
+def test_drift_is_reported_with_the_block_and_anchors_bound_it(mode):
     model = drifting_model(100, mode)
     blocks = model.layers[1].blocks
     monitor = numerics.ReversibilityMonitor(*batch(), every_steps=2, anchor=True)
@@ -293,7 +293,7 @@ def test_training_goes_on_with_the_anchors_that_were_set(mode, anchor):
         blocks = [dense_block(2.0, None, recompute=recompute) for _ in range(8)]
         model = model_of(blocks, **compiled(mode))
         model.optimizer.learning_rate = 0.0
-        model.train_on_batch(*batch())  # traced before there were anchors
+        model.train_on_batch(*batch())  # traced without anchors
         model.optimizer.learning_rate = 1.0
         callbacks = []
         if recompute and anchor:
@@ -304,7 +304,7 @@ def test_training_goes_on_with_the_anchors_that_were_set(mode, anchor):
             model.fit(*batch(), verbose=0, callbacks=callbacks, shuffle=False)
         trained.append(np.concatenate([*map(np.ravel, model.get_weights())]))
     error = np.linalg.norm(trained[0] - trained[1]) / np.linalg.norm(trained[1])
-    # With all blocks anchors, the gradients are those of stored activations.
+    # If all blocks are anchors, the gradients are those of stored activations.
     assert error < 1e-4 if anchor else error > 1e-2
 
 
@@ -378,7 +378,7 @@ def test_epochs_without_a_measurement_repeat_the_last_one():
 
 
 def custom_loop(model, monitor, steps=4, begin=True, epoch_logs=None):
-    """Trains with an optimizer of its own, and calls the monitor as `fit` does."""
+    """Trains with its own optimizer, and calls the monitor as `fit` does."""
     x, y = batch()
     weights = [v.value for v in model.trainable_variables]
     if begin:
@@ -399,7 +399,7 @@ def test_custom_loop_is_watched_without_logs(begin, tmp_path):
     model = model_of([dense_block()])
     monitor.set_model(model)
     custom_loop(model, monitor, begin=begin)
-    # Without `on_train_begin`, the first measurement is that of the first call.
+    # Without `on_train_begin`, the first call makes the first measurement.
     assert [row["step"] for row in monitor.rows] == [0, 2, 4]
     assert plot.exists()
 
@@ -465,14 +465,14 @@ def test_mirrored_replicas_are_watched_like_one_device(two_replicas):
             model.fit(*batch(), verbose=0, callbacks=[monitor])
         rows.append(monitor.rows)
     assert [row["step"] for row in rows[0]] == [0, 1]
-    # After a step weights differ: two halves of a batch add up in another order. What
-    # is rounded then differs, and is of one size.
+    # After a step the weights differ, because the sum over two halves of a batch has
+    # another order. The errors then differ, but are of the same size.
     for mirrored, single, tolerance in zip(*rows, (1e-6, 0.9), strict=True):
         for name in ("reconstruction_error", "gradient_angle"):
             assert mirrored[name] == pytest.approx(single[name], rel=tolerance)
 
 
-def test_what_cannot_be_watched_is_refused_before_training():
+def test_monitor_refuses_models_that_it_cannot_watch_before_training():
     with pytest.raises(ValueError, match="every_steps=0"):
         numerics.ReversibilityMonitor(*batch(), every_steps=0)
     model = model_of([dense_block(recompute=False)])

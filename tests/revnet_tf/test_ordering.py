@@ -1,4 +1,4 @@
-"""`order.wait` decides when tensors are there, and nothing about their values."""
+"""`_ordering.wait` orders tensors and does not change their values."""
 
 import numpy as np
 import pytest
@@ -33,14 +33,14 @@ def compiled(**options):
 )
 @pytest.mark.parametrize("done", [DONE, [tf.zeros([0])]])
 @pytest.mark.parametrize("tensors", [TENSORS, []])
-def test_tensors_come_out_as_they_went_in_whatever_they_wait_for(run, done, tensors):
+def test_wait_does_not_change_tensors(run, done, tensors):
     found = run(done, tensors)
     assert [t.dtype for t in found] == [t.dtype for t in tensors]
     for a, b in zip(found, tensors, strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-def test_xla_keeps_the_loop_that_it_waits_by():
+def test_xla_does_not_remove_the_loop_that_waits():
     run = compiled(jit_compile=True)
     arguments = DONE[:1], TENSORS[:1]
     hlo = run.experimental_get_compiler_ir(*arguments)("optimized_hlo")

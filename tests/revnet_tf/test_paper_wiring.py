@@ -1,4 +1,4 @@
-"""The networks compute what the paper says, by the side of one in plain NumPy."""
+"""The networks follow the paper: they equal a reference in plain NumPy."""
 
 import itertools
 
@@ -13,10 +13,16 @@ from revnet_tf import models
 class Reference:
     """A network of the paper in inference, in NumPy and float64.
 
-    Weights are taken in the order in which the layers are made here: the stem; in each
-    block F, G and the two shortcuts, or a residual block's shortcut and branch; the
-    last BN; the dense layer. In a branch they come as it computes, in a BN as scale,
-    offset, mean, variance. An order that is not the network's gives other numbers.
+    The reference takes weights in the order of the network's layers. A different order
+    gives different values:
+
+    - the stem;
+    - in each block F, G and the two shortcuts, or in a residual block the shortcut and
+      the branch;
+    - the last BN, and the dense layer.
+
+    The layers of a branch follow its computation. The weights of a BN are scale,
+    offset, mean and variance.
     """
 
     def __init__(self, weights, bottleneck):
@@ -46,7 +52,7 @@ class Reference:
         return chain(*steps)
 
     def shortcut(self, strides, old, new):
-        """From `old` to `new` channels."""
+        """Returns a function from `old` to `new` channels."""
         if strides == 1 and old == new:
             return lambda x: x
         if self.bottleneck:
@@ -93,7 +99,7 @@ class Reference:
                 x = make_block(strides, old, new, preactivation=not very_first)(x)
                 old = new
         x = self.norm_relu()(x).mean(axis=(1, 2))
-        kernel, bias = self.weights  # No others are left.
+        kernel, bias = self.weights  # The network has no others.
         return softmax(x @ kernel + bias)
 
 
@@ -107,10 +113,10 @@ def chain(*steps):
 
 
 def windows(x, size, strides, fill):
-    """Yields what each place of a window sees, padded as TensorFlow's "SAME" says.
+    """Yields the pixels at each position of a window, with TensorFlow's "SAME" padding.
 
-    There are `ceil(n / strides)` windows, and where the padding cannot be shared out
-    evenly, the odd pixel comes behind.
+    There are `ceil(n / strides)` windows. If the padding is odd, the last side gets the
+    odd pixel.
     """
     counts = [-(-n // strides) for n in x.shape[1:3]]
     padding = []
@@ -131,8 +137,8 @@ def softmax(x):
     return x / x.sum(axis=-1, keepdims=True)
 
 
-# reversible, num_blocks, channels, bottleneck, stem, (height, width) of the images.
-# Odd and even sizes are padded differently; pooling shortcuts need even ones.
+# Reversible, num_blocks, channels, bottleneck, stem, (height, width) of the images.
+# Odd and even sizes have different padding. Pooling shortcuts need even sizes here.
 NETWORKS = {
     "RevNet": (True, (2, 1, 2), (8, 8, 12, 20), False, "cifar", (8, 12)),
     "RevNet-bottleneck": (True, (2, 1, 2), (16, 16, 24, 32), True, "cifar", (9, 12)),
@@ -160,13 +166,13 @@ def case(request):
         elif v.name == "moving_variance":
             value = rng.uniform(0.5, 1.5, v.shape)
         elif v.name == "gamma":
-            # Of both signs: with positive ones, pooling could as well precede a BN.
+            # Both signs: with positive values only, pooling and BN would commute.
             value = rng.uniform(0.5, 1.5, v.shape) * rng.choice([-1, 1], v.shape)
         else:
-            # Small, so that few ReLUs are always off.
+            # Small values, so that few ReLUs are always off.
             value = 0.3 * rng.standard_normal(v.shape)
         v.assign(value)
-    # Inputs are cast to float32, whatever the policy.
+    # Keras casts inputs to float32 under every policy.
     x = rng.standard_normal((2, *size, 3)).astype("float32")
     return model, row, x
 
@@ -179,7 +185,7 @@ def test_inference_is_that_of_the_paper(case):
     expected = reference.network(
         x.astype("float64"), reversible, num_blocks, channels, stem == "imagenet"
     )
-    # In float64 rounding makes 1e-15 or so; epsilon 1.001e-3 would make 1e-6.
+    # In float64 rounding is about 1e-15. An epsilon of 1.001e-3 would give 1e-6.
     np.testing.assert_allclose(y, expected, rtol=1e-12)
 
 
@@ -190,7 +196,7 @@ def test_each_weight_alone_changes_the_output(case):
     for v in model.weights:
         value = v.numpy()
         v.assign(value * 1.1)
-        # Rounding alone makes 1e-16 or so.
+        # Rounding alone is about 1e-16.
         assert np.abs(forward() - original).max() > 1e-6, v.path
         v.assign(value)
     np.testing.assert_array_equal(forward(), original)
@@ -201,10 +207,10 @@ def test_batch_norm_in_training_by_hand(stem):
     model = models.RevNet((1,), (2, 2), stem=stem, input_shape=(1, 1, 1))
     conv, norm, *_ = model.get_layer("stem").layer.layers
     conv.kernel.assign(np.ones(conv.kernel.shape))
-    # Of an image of one pixel the kernel's centre sees the pixel, the rest zeros.
+    # In an image of one pixel, the kernel's centre sees the pixel, and the rest zeros.
     x = np.reshape([1.0, 3.0], (2, 1, 1, 1))
     y = norm(conv(x), training=True)
-    # Mean 2; variance 1, where an estimate corrected for two samples would be 2.
+    # Mean 2 and variance 1. The unbiased estimate for two samples would be 2.
     expected = np.array([[-1, -1], [1, 1]]) / np.sqrt(1 + 1e-3)
     np.testing.assert_allclose(np.reshape(y, (2, 2)), expected, rtol=1e-6)
     np.testing.assert_allclose(norm.moving_mean, 0.99 * 0 + 0.01 * 2, rtol=1e-5)
@@ -218,7 +224,8 @@ def test_every_batch_norm_forgets_a_hundredth_of_its_statistics(network, bottlen
     statistics = model.non_trainable_variables
     for v in statistics:
         v.assign(np.ones(v.shape))
-    # Offsets are zero, so that every hidden layer sees zeros, of mean and variance 0.
+    # Offsets are zero. Every hidden layer therefore sees zeros, with mean and variance
+    # 0.
     model(np.zeros((2, 32, 32, 3)), training=True)
     for v in statistics:
         np.testing.assert_allclose(v, 0.99, rtol=1e-6, err_msg=v.path)

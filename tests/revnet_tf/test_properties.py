@@ -1,7 +1,7 @@
 """Random reversible networks against their twins with ordinary backpropagation.
 
-What is random: rank, axis, widths, depth, dtype, kinds of branches, which of them are
-shared or frozen, and how the blocks are put together.
+Random are rank, axis, widths, depth, dtype, kinds of branches, shared and frozen
+branches, and the structure of the blocks.
 """
 
 from typing import NamedTuple
@@ -18,18 +18,18 @@ from revnet_tf import RevBlock, RevSequence
 
 layers = keras.layers
 
-# (A fixture that pytest applies to every test does not run again for every example.)
+# All health checks are off, because a fixture does not run again for every example.
 SETTINGS = dict(
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[Phase.explicit, Phase.generate],  # to make it smaller would take minutes
+    phases=[Phase.explicit, Phase.generate],  # Shrinking takes minutes.
     suppress_health_check=list(HealthCheck),
 )
 
 
 class Subclassed(layers.Layer):
-    """State of several kinds, a loss, and different behaviour in training."""
+    """A branch with several kinds of state, a loss, and a difference in training."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -69,8 +69,8 @@ def conv(units, rank, dtype):
 
 
 def norm_and_dropout(units, rank, dtype):
-    # Of the few samples here the variance can be nearly zero, and the derivative of the
-    # normalization so large that no gradient in float32 has the digits to compare.
+    # The variance of so few samples can be nearly zero. The derivative of the
+    # normalization is then too large for a comparison of float32 gradients.
     return keras.Sequential(
         [
             layers.BatchNormalization(momentum=0.8, epsilon=0.1, dtype=dtype),
@@ -102,7 +102,7 @@ KINDS = {
 
 
 class Blocks(layers.Layer):
-    """Blocks that are called one after the other, as in a user's own layer."""
+    """A layer of a user that calls blocks one after the other."""
 
     def __init__(self, blocks, **kwargs):
         super().__init__(**kwargs)
@@ -133,18 +133,19 @@ class Blocks(layers.Layer):
 
 
 class Network(NamedTuple):
-    """What one example is about; made twice, with and without recomputation.
+    """A random network, built with and without recomputation.
 
     Attributes:
-        shape: of the input; with `widths`, of both streams but for the last axis.
-        widths: of the two streams, where the input is a pair.
-        axis: on which a single input is split.
-        kinds: of the branches, two for each block.
-        sharing: "none", "f is g", or "blocks": the branches of the first block are
-            those of the last one, too.
-        frozen: for each branch, whether it is.
-        structure: how the blocks are put together.
-        dtype: of the streams and of the branches.
+        shape: tuple, the shape of the input. With `widths` it is the shape of both
+            streams without the last axis.
+        widths: the widths of the two streams if the input is a pair.
+        axis: int, the axis on which a single input is split.
+        kinds: the kinds of the branches, two for each block.
+        sharing: "none", "f is g", or "blocks": the last block has the branches of the
+            first one.
+        frozen: for each branch, whether it is frozen.
+        structure: the structure of the blocks.
+        dtype: the dtype of the streams and of the branches.
     """
 
     shape: tuple
@@ -244,10 +245,10 @@ def outputs_losses_and_gradients(layer, x):
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = tf.nest.flatten(layer(x, training=True))
-        # Neither linear nor symmetric: each output has a gradient of its own.
+        # The loss is neither linear nor symmetric. Each output has another gradient.
         loss = sum(tf.reduce_sum(tf.sin(1.5 * h) * tf.cos(h[::-1])) for h in y)
         loss += sum(layer.losses)
-        # (Keras lists the losses of sublayers in another order than they are made.)
+        # Keras does not list the losses of sublayers in the order of their creation.
         losses = tf.sort(tf.stack([loss, *layer.losses]))
     weights = [v.value for v in layer.trainable_variables]
     return [*y, losses, *tape.gradient(loss, [*tf.nest.flatten(x), *weights])]
@@ -289,7 +290,7 @@ def test_random_network_equals_its_twin_and_is_inverted_in_graph_mode(network):
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_losses_can_be_read_after_the_gradient(recompute):
-    # The branch makes one loss where its block recomputes, and one where it does not.
+    # The shared branch adds one loss in each block, with recomputation and without.
     shared = penalized(4, 2, "float64")
     blocks = [
         RevBlock(shared, dense(4, 2, "float64"), dtype="float64", recompute=r)
@@ -301,5 +302,5 @@ def test_losses_can_be_read_after_the_gradient(recompute):
         y = layer(x, training=True)
         before = layer.losses
     tape.gradient(y, layer.blocks[0].f.kernel.value)
-    assert len(before) == 3  # (and one of the weights)
+    assert len(before) == 3  # The third is that of the weights.
     assert len(layer.losses) == 3
