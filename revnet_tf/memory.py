@@ -305,9 +305,10 @@ class _Step:
         model = self.model
         variables = model.trainable_variables
         with tf.GradientTape() as tape:
-            outputs = model(
-                tf.nest.pack_sequence_as(model.input, inputs), training=True
-            )
+            # A sequential model has `inputs` and no `input`.
+            sequential = isinstance(model, keras.Sequential)
+            structure = model.inputs[0] if sequential else model.input
+            outputs = model(tf.nest.pack_sequence_as(structure, inputs), training=True)
             losses = [
                 tf.reduce_mean(tf.square(tf.cast(y, tf.float32)))
                 for y in tf.nest.flatten(outputs)
