@@ -16,7 +16,6 @@ from importlib import metadata
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow_serving.apis import prediction_log_pb2
 
 from revnet_tf import _examples, _saved_model_check
 from revnet_tf._files import replacing
@@ -51,7 +50,8 @@ def export_saved_model(
 
     Outputs of 16 bits, as under a mixed policy, become float32. Beside the graph lie
     `model_card.json` (name, number of parameters, signatures, class names, versions)
-    and a request for each signature with which TensorFlow Serving warms up.
+    and, with the extra `serving`, a request for each signature with which TensorFlow
+    Serving warms up. Without the extra the folder has no such requests.
 
     The folder appears under its name only when it is complete and checked: a process
     of its own loads it and compares its answers with those of the model, as a graph on
@@ -363,7 +363,14 @@ def _refusing(function, spec):
 
 
 def _write_warmup(folder, specs, batches):
-    """Writes the requests that TensorFlow Serving answers before it opens its door."""
+    """Writes the requests that TensorFlow Serving answers before it opens its door.
+
+    Writes none if `tensorflow-serving-api`, which has their messages, is not installed.
+    """
+    try:
+        from tensorflow_serving.apis import prediction_log_pb2
+    except ImportError:
+        return
     for x in batches:
         os.mkdir(os.path.join(folder, "assets.extra"))
         path = os.path.join(folder, "assets.extra", "tf_serving_warmup_requests")
