@@ -3,14 +3,23 @@
 import contextvars
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import keras
 import tensorflow as tf
 
 from revnet_tf import _coupling, _fixed_point, _functional
 from revnet_tf._functional import CallArguments, Variables
-from revnet_tf._pair import Pair, joined_shape, pair_of, stream_shapes
+from revnet_tf._pair import (
+    Pair,
+    Shape,
+    Shapes,
+    Tensors,
+    joined_shape,
+    pair_of,
+    stream_shapes,
+)
 
 # Attribute of a symbolic output tensor: its `_Origin`.
 _ORIGIN = "_revnet_tf_origin"
@@ -32,10 +41,10 @@ class Observer:
     # each block: two lists of tensors, the true inputs and the reconstructed ones.
     reconstructed = None
 
-    def __init__(self, store=False):
+    def __init__(self, store: bool = False):
         self.store = store
 
-    def called(self, layer):
+    def called(self, layer: "RunLayer") -> None:
         """Is called in each call of a layer, in the name scope of the call."""
 
     def __enter__(self):
@@ -80,14 +89,20 @@ class RunLayer(keras.layers.Layer):
     # The token that `promise_alike` gives to layers of one kind.
     _promise = None
 
-    def __init__(self, *, recompute=True, dtype=None, **kwargs):
+    def __init__(
+        self,
+        *,
+        recompute: bool = True,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs,
+    ):
         policy = keras.dtype_policies.get(dtype)
         super().__init__(dtype=policy.variable_dtype, **kwargs)
         self.recompute = recompute
         self._extra_specs = {}
         self._traced = set()
 
-    def block(self, arguments, owner=None):
+    def block(self, arguments: CallArguments, owner: Variables | None = None) -> tuple:
         """Returns the block of `_coupling` that the layer is.
 
         Args:
@@ -96,11 +111,11 @@ class RunLayer(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def blocks_in_order(self):
+    def blocks_in_order(self) -> Iterator[tuple["RunLayer", bool]]:
         """Yields the layers whose blocks are the run, and whether each recomputes."""
         yield self, self.recompute
 
-    def branches(self):
+    def branches(self) -> list[keras.layers.Layer]:
         return [getattr(self, name) for name in self.LAYERS]
 
     def __call__(self, *args, **kwargs):
@@ -109,7 +124,7 @@ class RunLayer(keras.layers.Layer):
             self._extra_specs = _specs(kwargs)
         return super().__call__(*args, **kwargs)
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict | None:
         config = super().get_build_config()
         if config and self._extra_specs:
             config["extra"] = tf.nest.map_structure(
@@ -117,11 +132,17 @@ class RunLayer(keras.layers.Layer):
             )
         return config
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict) -> None:
         self._extra_specs = _restored_specs(config.get("extra", {}))
         super().build_from_config({"input_shape": config["input_shape"]})
 
-    def apply_blocks(self, inputs, arguments, entry, exit):
+    def apply_blocks(
+        self,
+        inputs: list[tf.Tensor],
+        arguments: CallArguments,
+        entry: Pair,
+        exit: Pair,
+    ) -> list[tf.Tensor]:
         """Returns what the blocks make of a list of tensors, as a list of tensors."""
         if observer := _observer.get():
             observer.called(self)
@@ -197,20 +218,22 @@ class RunLayer(keras.layers.Layer):
             _functional.trace(steps, entry.split(inputs), *tensors)
             self._traced.update(id(layer) for layer in layers)
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(self, layer_call: Callable, *args, **kwargs) -> Callable:
         # In a `keras.RematScope`: the layer recomputes already.
         return layer_call
 
-    def get_config(self):
+    def get_config(self) -> dict:
         # The layers themselves: Keras serializes them, and notices shared ones.
         layers = {name: getattr(self, name) for name in self.LAYERS}
         return {**super().get_config(), "recompute": self.recompute, **layers}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict) -> Self:
         return cls(**restore_layers(config, cls.LAYERS))
 
-    def call_arguments(self, training, masks, extra):
+    def call_arguments(
+        self, training: bool | None, masks: tuple, extra: dict
+    ) -> CallArguments:
         """Returns the `CallArguments` of a call."""
         for name in extra:
             if not any(_functional.accepts(layer, name) for layer in self.branches()):
@@ -220,7 +243,7 @@ class RunLayer(keras.layers.Layer):
                 )
         return CallArguments(_static_bool(training), masks, extra, self.fraction_bits)
 
-    def cast(self, inputs):
+    def cast(self, inputs: Tensors) -> Tensors:
         """Returns nested tensors in the dtype of the layer."""
         if any(tf.as_dtype(x.dtype).is_complex for x in tf.nest.flatten(inputs)):
             raise ValueError(
@@ -230,7 +253,7 @@ class RunLayer(keras.layers.Layer):
         # Keras casts floating-point inputs only; integers would truncate the sums.
         return tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
 
-    def shape_after(self, layer, shape):
+    def shape_after(self, layer: keras.layers.Layer, shape: Shape) -> Shape:
         """Returns the shape to which `layer` maps a tensor, and builds the layer."""
         extra = {
             k: v for k, v in self._extra_specs.items() if _functional.accepts(layer, k)
@@ -262,37 +285,43 @@ class PairLayer(RunLayer):
         axis: int, the axis on which one tensor is split into two streams.
     """
 
-    def __init__(self, *, axis=-1, **kwargs):
+    def __init__(self, *, axis: int = -1, **kwargs):
         super().__init__(**kwargs)
         if not isinstance(axis, int) or isinstance(axis, bool):
             raise ValueError(f"axis={axis!r} must be an integer, as -1 or 3.")
         self.axis = axis
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shapes) -> None:
         self.build_streams(*self.stream_shapes(input_shape))
 
-    def call(self, inputs, training=None, mask=None, **kwargs):
+    def call(
+        self,
+        inputs: Tensors,
+        training: bool | None = None,
+        mask: Tensors | None = None,
+        **kwargs,
+    ) -> Tensors:
         inputs = self.cast(inputs)
         pair = pair_of(inputs, self.axis)
         arguments = self.call_arguments(training, pair.split_mask(mask), kwargs)
         outputs = self.apply_blocks(tf.nest.flatten(inputs), arguments, pair, pair)
         return tf.nest.pack_sequence_as(inputs, outputs)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "axis": self.axis}
 
-    def stream_shapes(self, input_shape):
+    def stream_shapes(self, input_shape: Shapes) -> tuple[Shape, Shape]:
         """Returns the shapes of both streams; refuses an input that cannot be split."""
         return stream_shapes(self.name, input_shape, self.axis)
 
-    def joined_shape(self, shape1, shape2, input_shape):
+    def joined_shape(self, shape1: Shape, shape2: Shape, input_shape: Shapes) -> Shapes:
         return joined_shape(shape1, shape2, input_shape, self.axis)
 
 
-def promise_alike(layers):
+def promise_alike(layers: Sequence[RunLayer]) -> None:
     """Promises that layers compute one function of their variables: traced once."""
     promise = object()
     for layer in layers:

@@ -33,7 +33,7 @@ def export_saved_model(
     signatures: dict | None = None,
     decode: Callable | None = None,
     card: dict | None = None,
-    examples=None,
+    examples: np.ndarray | None = None,
 ) -> None:
     """Writes a model as a SavedModel that needs neither Keras nor this library.
 
@@ -154,7 +154,7 @@ def export_litert(
     path: str | os.PathLike,
     *,
     representative_images: np.ndarray | None = None,
-    examples=None,
+    examples: np.ndarray | None = None,
 ) -> None:
     """Writes a model for LiteRT, the runtime of small devices (once TensorFlow Lite).
 
@@ -234,7 +234,12 @@ def export_litert(
             _check_quantized(model, function, predict, given)
 
 
-def export_onnx(model: keras.Model, path: str | os.PathLike, *, examples=None) -> None:
+def export_onnx(
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    examples: np.ndarray | None = None,
+) -> None:
     """Writes a model as an ONNX file, with the input and output of `export_litert`.
 
     Needs the extra `onnx`. The file appears under its name only when ONNX Runtime gives

@@ -97,7 +97,7 @@ class Memory:
         )
 
 
-def estimate(model, batch_size):
+def estimate(model: keras.Model, batch_size: int) -> Memory:
     """Predicts what a training step keeps, without making one.
 
     The operations are gone through as TensorFlow's executor does: what has become ready
@@ -128,7 +128,7 @@ def estimate(model, batch_size):
     return step.memory(peak, sum(stages.values()), stages)
 
 
-def measure(model, batch_size):
+def measure(model: keras.Model, batch_size: int) -> Memory:
     """Measures what a training step keeps, by the device's allocator.
 
     Three steps are made, on random numbers; the variables have their values back then.
@@ -150,7 +150,7 @@ def measure(model, batch_size):
     return step.compiled() if step.jit_compile else step.measured()
 
 
-def plan(model, batch_size, budget_bytes):
+def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
     """Chooses what is recomputed, so that a step is as fast as a budget allows.
 
     The last blocks store their activations, as many as the budget has room for by
@@ -220,7 +220,7 @@ def recomputing_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     return [layer for layer in model._flatten_layers() if isinstance(layer, RunLayer)]
 
 
-def split_large_region():
+def split_large_region() -> None:
     """Has the CPU's allocator split all that it gives off one region.
 
     By itself it begins with a small one, and gives a free chunk away whole if it is
