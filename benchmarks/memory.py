@@ -80,10 +80,14 @@ def measure_this_process(network, num_blocks, batch_size, mode, norm):
     x = rng.standard_normal((batch_size, *model.input_shape[1:]), dtype="float32")
     for _ in range(2):
         model.train_on_batch(x, np.zeros(batch_size, "int32"))
+    print(json.dumps({"peak_bytes": peak_resident_bytes()}))
+
+
+def peak_resident_bytes():
     # Not `ru_maxrss`, which starts at the size of the parent process.
     status = pathlib.Path("/proc/self/status").read_text()
     kib = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
-    print(json.dumps({"peak_bytes": 1024 * kib}))
+    return 1024 * kib
 
 
 def cells():

@@ -47,7 +47,7 @@ WAYS = (
 )
 
 
-def training_step(way, norm, jit_compile):
+def training_step(way, norm, jit_compile, num_blocks=NUM_BLOCKS):
     import keras
     import tensorflow as tf
 
@@ -56,7 +56,7 @@ def training_step(way, norm, jit_compile):
 
     package = keras.layers if norm == "keras" else normalization
     chain = networks.chain(
-        "ordinary" if way == "forward" else way, NUM_BLOCKS, package.BatchNormalization
+        "ordinary" if way == "forward" else way, num_blocks, package.BatchNormalization
     )
     chain.build((None, 32, 32, 64))
     weights = [v.value for v in chain.trainable_variables]
@@ -73,27 +73,34 @@ def training_step(way, norm, jit_compile):
     return step
 
 
-def measure_this_process(mode, norm):
-    """Prints the medians of the seconds and of the CPU seconds of each way."""
+def batch(batch_size=BATCH_SIZE):
     import numpy as np
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((BATCH_SIZE, 32, 32, 64), dtype="float32")
-    x = tf.constant(x)
-    steps = [training_step(way, norm, mode != "graph") for way in WAYS]
+    return tf.constant(rng.standard_normal((batch_size, 32, 32, 64), dtype="float32"))
+
+
+def medians(steps, x, rounds=ROUNDS):
+    """Returns the median seconds and the median CPU seconds of alternating steps."""
     for step in steps:  # The first call traces and compiles it.
         step(x)
     seconds, cpu_seconds = [[] for _ in steps], [[] for _ in steps]
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         there = range(len(steps))
         for i in there if round_ % 2 else reversed(there):
             start, cpu_start = time.perf_counter(), time.process_time()
             steps[i](x)[0].numpy()  # It waits for the device.
             seconds[i].append(time.perf_counter() - start)
             cpu_seconds[i].append(time.process_time() - cpu_start)
-    medians = [[statistics.median(s) for s in kind] for kind in (seconds, cpu_seconds)]
-    print(json.dumps([dict(zip(WAYS, kind, strict=True)) for kind in medians]))
+    return [[statistics.median(s) for s in kind] for kind in (seconds, cpu_seconds)]
+
+
+def measure_this_process(mode, norm):
+    """Prints the medians of the seconds and of the CPU seconds of each way."""
+    steps = [training_step(way, norm, mode != "graph") for way in WAYS]
+    kinds = medians(steps, batch())
+    print(json.dumps([dict(zip(WAYS, kind, strict=True)) for kind in kinds]))
 
 
 def main():

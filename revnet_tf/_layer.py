@@ -3,14 +3,23 @@
 import contextvars
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import keras
 import tensorflow as tf
 
 from revnet_tf import _coupling, _fixed_point, _functional
 from revnet_tf._functional import CallArguments, Variables
-from revnet_tf._pair import Pair, joined_shape, pair_of, stream_shapes
+from revnet_tf._pair import (
+    Pair,
+    Shape,
+    Shapes,
+    Tensors,
+    joined_shape,
+    pair_of,
+    stream_shapes,
+)
 
 # The attribute of a symbolic output tensor that holds its `_Origin`.
 _ORIGIN = "_revnet_tf_origin"
@@ -33,10 +42,10 @@ class Observer:
     # lists of tensors.
     reconstructed = None
 
-    def __init__(self, store=False):
+    def __init__(self, store: bool = False):
         self.store = store
 
-    def called(self, layer):
+    def called(self, layer: "RunLayer") -> None:
         """Runs in each call of a layer, in the name scope of the call."""
 
     def __enter__(self):
@@ -81,14 +90,20 @@ class RunLayer(keras.layers.Layer):
     # `promise_alike` gives one token to all layers that compute the same function.
     _promise = None
 
-    def __init__(self, *, recompute=True, dtype=None, **kwargs):
+    def __init__(
+        self,
+        *,
+        recompute: bool = True,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs,
+    ):
         policy = keras.dtype_policies.get(dtype)
         super().__init__(dtype=policy.variable_dtype, **kwargs)
         self.recompute = recompute
         self._extra_specs = {}
         self._traced = set()
 
-    def block(self, arguments, owner=None):
+    def block(self, arguments: CallArguments, owner: Variables | None = None) -> tuple:
         """Returns the layer as a block of `_coupling`.
 
         Args:
@@ -98,11 +113,11 @@ class RunLayer(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def blocks_in_order(self):
+    def blocks_in_order(self) -> Iterator[tuple["RunLayer", bool]]:
         """Yields each layer of the run, and whether its block recomputes."""
         yield self, self.recompute
 
-    def branches(self):
+    def branches(self) -> list[keras.layers.Layer]:
         return [getattr(self, name) for name in self.LAYERS]
 
     def __call__(self, *args, **kwargs):
@@ -111,7 +126,7 @@ class RunLayer(keras.layers.Layer):
             self._extra_specs = _specs(kwargs)
         return super().__call__(*args, **kwargs)
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict | None:
         config = super().get_build_config()
         if config and self._extra_specs:
             config["extra"] = tf.nest.map_structure(
@@ -119,11 +134,17 @@ class RunLayer(keras.layers.Layer):
             )
         return config
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict) -> None:
         self._extra_specs = _restored_specs(config.get("extra", {}))
         super().build_from_config({"input_shape": config["input_shape"]})
 
-    def apply_blocks(self, inputs, arguments, pair_in, pair_out):
+    def apply_blocks(
+        self,
+        inputs: list[tf.Tensor],
+        arguments: CallArguments,
+        pair_in: Pair,
+        pair_out: Pair,
+    ) -> list[tf.Tensor]:
         """Applies the blocks to a list of tensors, and returns a list of tensors."""
         if observer := _observer.get():
             observer.called(self)
@@ -200,20 +221,22 @@ class RunLayer(keras.layers.Layer):
             _functional.trace(steps, pair_in.split(inputs), *tensors)
             self._traced.update(id(layer) for layer in layers)
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(self, layer_call: Callable, *args, **kwargs) -> Callable:
         # Keras calls this method in a `keras.RematScope`. The layer recomputes already.
         return layer_call
 
-    def get_config(self):
+    def get_config(self) -> dict:
         # Live layers, because Keras serializes them and recognizes shared ones.
         layers = {name: getattr(self, name) for name in self.LAYERS}
         return {**super().get_config(), "recompute": self.recompute, **layers}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict) -> Self:
         return cls(**restore_layers(config, cls.LAYERS))
 
-    def call_arguments(self, training, masks, extra):
+    def call_arguments(
+        self, training: bool | None, masks: tuple, extra: dict
+    ) -> CallArguments:
         """Returns the `CallArguments` of a call."""
         for name in extra:
             if not any(_functional.accepts(layer, name) for layer in self.branches()):
@@ -223,7 +246,7 @@ class RunLayer(keras.layers.Layer):
                 )
         return CallArguments(_static_bool(training), masks, extra, self.fraction_bits)
 
-    def cast(self, inputs):
+    def cast(self, inputs: Tensors) -> Tensors:
         """Returns nested tensors in the dtype of the layer."""
         if any(tf.as_dtype(x.dtype).is_complex for x in tf.nest.flatten(inputs)):
             raise ValueError(
@@ -233,7 +256,7 @@ class RunLayer(keras.layers.Layer):
         # Keras casts only floating-point inputs. Integers would truncate the sums.
         return tf.nest.map_structure(lambda x: tf.cast(x, self.compute_dtype), inputs)
 
-    def shape_after(self, layer, shape):
+    def shape_after(self, layer: keras.layers.Layer, shape: Shape) -> Shape:
         """Builds `layer`, and returns the shape to which it maps a tensor."""
         extra = {
             k: v for k, v in self._extra_specs.items() if _functional.accepts(layer, k)
@@ -267,37 +290,43 @@ class PairLayer(RunLayer):
             `-1`.
     """
 
-    def __init__(self, *, axis=-1, **kwargs):
+    def __init__(self, *, axis: int = -1, **kwargs):
         super().__init__(**kwargs)
         if not isinstance(axis, int) or isinstance(axis, bool):
             raise ValueError(f"axis must be an integer, such as -1; got axis={axis!r}.")
         self.axis = axis
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shapes) -> None:
         self.build_streams(*self.stream_shapes(input_shape))
 
-    def call(self, inputs, training=None, mask=None, **kwargs):
+    def call(
+        self,
+        inputs: Tensors,
+        training: bool | None = None,
+        mask: Tensors | None = None,
+        **kwargs,
+    ) -> Tensors:
         inputs = self.cast(inputs)
         pair = pair_of(inputs, self.axis)
         arguments = self.call_arguments(training, pair.split_mask(mask), kwargs)
         outputs = self.apply_blocks(tf.nest.flatten(inputs), arguments, pair, pair)
         return tf.nest.pack_sequence_as(inputs, outputs)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "axis": self.axis}
 
-    def stream_shapes(self, input_shape):
+    def stream_shapes(self, input_shape: Shapes) -> tuple[Shape, Shape]:
         """Returns the shapes of both streams, or raises an error if there are none."""
         return stream_shapes(self.name, input_shape, self.axis)
 
-    def joined_shape(self, shape1, shape2, input_shape):
+    def joined_shape(self, shape1: Shape, shape2: Shape, input_shape: Shapes) -> Shapes:
         return joined_shape(shape1, shape2, input_shape, self.axis)
 
 
-def promise_alike(layers):
+def promise_alike(layers: Sequence[RunLayer]) -> None:
     """Promises that layers compute one function. TensorFlow then traces it once."""
     promise = object()
     for layer in layers:

@@ -4,6 +4,11 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+# One tensor or a pair of them, and their shapes.
+Tensors = tf.Tensor | tuple[tf.Tensor, tf.Tensor]
+Shape = tuple[int | None, ...]
+Shapes = Shape | tuple[Shape, Shape]
+
 
 class Pair(NamedTuple):
     """Splits a list of tensors into streams, and joins streams to a list of tensors.

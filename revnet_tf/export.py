@@ -16,7 +16,6 @@ from importlib import metadata
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow_serving.apis import prediction_log_pb2
 
 from revnet_tf import _examples, _saved_model_check
 from revnet_tf._files import replacing
@@ -34,7 +33,7 @@ def export_saved_model(
     signatures: dict | None = None,
     decode: Callable | None = None,
     card: dict | None = None,
-    examples=None,
+    examples: np.ndarray | None = None,
 ) -> None:
     """Writes a model as a SavedModel that needs neither Keras nor this library.
 
@@ -53,8 +52,8 @@ def export_saved_model(
     Outputs of 16 bits, as under a mixed policy, become float32.
 
     The folder also has `model_card.json`, with name, number of parameters, signatures,
-    class names and versions. TensorFlow Serving warms up with a request for each
-    signature, which is in the folder, too.
+    class names and versions. With the extra `serving`, the folder also has a request
+    for each signature, with which TensorFlow Serving warms up.
 
     The folder appears under its name after its check. A process of its own loads it on
     a CPU and compares its answers with those of the model, for batches of 1, 7 and 32.
@@ -163,7 +162,7 @@ def export_litert(
     path: str | os.PathLike,
     *,
     representative_images: np.ndarray | None = None,
-    examples=None,
+    examples: np.ndarray | None = None,
 ) -> None:
     """Writes a model for LiteRT, the runtime of small devices (once TensorFlow Lite).
 
@@ -245,7 +244,12 @@ def export_litert(
             _check_quantized(model, function, predict, given)
 
 
-def export_onnx(model: keras.Model, path: str | os.PathLike, *, examples=None) -> None:
+def export_onnx(
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    examples: np.ndarray | None = None,
+) -> None:
     """Writes a model as an ONNX file, with the input and output of `export_litert`.
 
     The function needs the extra `onnx`. The file appears under its name if ONNX Runtime
@@ -380,7 +384,14 @@ def _refusing(function, spec):
 
 
 def _write_warmup(folder, specs, batches):
-    """Writes the requests with which TensorFlow Serving warms up."""
+    """Writes the requests with which TensorFlow Serving warms up.
+
+    Writes none without `tensorflow-serving-api`, which has the messages.
+    """
+    try:
+        from tensorflow_serving.apis import prediction_log_pb2
+    except ImportError:
+        return
     for x in batches:
         os.mkdir(os.path.join(folder, "assets.extra"))
         path = os.path.join(folder, "assets.extra", "tf_serving_warmup_requests")

@@ -1,11 +1,14 @@
 """The blocks of reversible networks: Keras layers that reverse or recompute."""
 
+from collections.abc import Iterator, Sequence
+
 import keras
 import tensorflow as tf
 
 from revnet_tf import _coupling, _fixed_point, _functional
+from revnet_tf._functional import CallArguments, Variables
 from revnet_tf._layer import PairLayer
-from revnet_tf._pair import Pair, pair_of
+from revnet_tf._pair import Pair, Shape, Shapes, Tensors, pair_of
 
 __all__ = ["DownsamplingBlock", "PoolingShortcut", "RevBlock", "RevSequence"]
 
@@ -15,13 +18,19 @@ class _ReversibleLayer(PairLayer):
 
     stores_inputs = False
 
-    def __init__(self, *, fraction_bits=None, **kwargs):
+    def __init__(self, *, fraction_bits: int | None = None, **kwargs):
         super().__init__(**kwargs)
         if fraction_bits is not None:
             _fixed_point.validate(fraction_bits, self.compute_dtype)
         self.fraction_bits = fraction_bits
 
-    def inverse(self, outputs, training=False, mask=None, **kwargs):
+    def inverse(
+        self,
+        outputs: Tensors,
+        training: bool = False,
+        mask: Tensors | None = None,
+        **kwargs,
+    ) -> Tensors:
         """Returns the input that the layer maps to `outputs`.
 
         The method does not update the state of the layer.
@@ -67,7 +76,7 @@ class _ReversibleLayer(PairLayer):
         )
         return tf.nest.pack_sequence_as(outputs, pair.join(streams))
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "fraction_bits": self.fraction_bits}
 
 
@@ -144,13 +153,13 @@ class RevBlock(_ReversibleLayer):
 
     def __init__(
         self,
-        f,
-        g,
+        f: keras.layers.Layer,
+        g: keras.layers.Layer,
         *,
-        axis=-1,
-        recompute=True,
-        fraction_bits=None,
-        anchor=False,
+        axis: int = -1,
+        recompute: bool = True,
+        fraction_bits: int | None = None,
+        anchor: bool = False,
         **kwargs,
     ):
         super().__init__(
@@ -166,7 +175,7 @@ class RevBlock(_ReversibleLayer):
         self.anchor = anchor
         self.supports_masking = f.supports_masking and g.supports_masking
 
-    def build_streams(self, shape1, shape2):
+    def build_streams(self, shape1: Shape, shape2: Shape) -> None:
         self._build_branch("f", shape2, shape1)
         self._build_branch("g", shape1, shape2)
 
@@ -183,7 +192,9 @@ class RevBlock(_ReversibleLayer):
                 "the shapes agree."
             )
 
-    def block(self, arguments, owner=None):
+    def block(
+        self, arguments: CallArguments, owner: Variables | None = None
+    ) -> _coupling.Coupling:
         return _coupling.Coupling(
             arguments.function(self.f, 1, owner),
             arguments.function(self.g, 0, owner),
@@ -192,7 +203,7 @@ class RevBlock(_ReversibleLayer):
             elementary=not arguments.training,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "anchor": self.anchor}
 
 
@@ -226,7 +237,13 @@ class RevSequence(_ReversibleLayer):
     LAYERS = ("blocks",)
 
     def __init__(
-        self, blocks, *, recompute=True, fraction_bits=None, dtype=None, **kwargs
+        self,
+        blocks: "Sequence[RevBlock | RevSequence]",
+        *,
+        recompute: bool = True,
+        fraction_bits: int | None = None,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs,
     ):
         blocks = tuple(blocks)
         for block in blocks:
@@ -274,21 +291,21 @@ class RevSequence(_ReversibleLayer):
             # `tf.train.Checkpoint` finds layers in attributes, but not in tuples.
             setattr(self, f"block{i + 1}", block)
 
-    def branches(self):
+    def branches(self) -> list[keras.layers.Layer]:
         return [branch for block in self.blocks for branch in block.branches()]
 
-    def build_streams(self, shape1, shape2):
+    def build_streams(self, shape1: Shape, shape2: Shape) -> None:
         for block in self.blocks:
             if not block.built:
                 block._extra_specs = self._extra_specs
                 block.build((shape1, shape2))
 
-    def blocks_in_order(self):
+    def blocks_in_order(self) -> Iterator[tuple[_ReversibleLayer, bool]]:
         for block in self.blocks:
             for inner, recompute in block.blocks_in_order():
                 yield inner, recompute and self.recompute
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         del config["axis"]  # The blocks have it.
         return {**config, "blocks": list(self.blocks)}
@@ -320,12 +337,12 @@ class PoolingShortcut(keras.layers.Layer):
         `(batch, height, width, channels)`.
     """
 
-    def __init__(self, filters, strides=1, **kwargs):
+    def __init__(self, filters: int, strides: int = 1, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
         self.strides = strides
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if self.filters < input_shape[-1]:
             raise ValueError(
                 f"Expected at least {input_shape[-1]} filters, the channels of the "
@@ -333,7 +350,7 @@ class PoolingShortcut(keras.layers.Layer):
                 "channels."
             )
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         x = inputs
         if self.strides > 1:
             x = tf.nn.avg_pool2d(x, self.strides, self.strides, "SAME")
@@ -342,12 +359,12 @@ class PoolingShortcut(keras.layers.Layer):
             x = tf.pad(x, [[0, 0]] * 3 + [[extra // 2, extra - extra // 2]])
         return x
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch_size, *sizes, _ = input_shape
         sizes = (size and -(-size // self.strides) for size in sizes)
         return batch_size, *sizes, self.filters
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = {"filters": self.filters, "strides": self.strides}
         return {**super().get_config(), **config}
 
@@ -372,14 +389,21 @@ class DownsamplingBlock(PairLayer):
 
     LAYERS = ("f", "g", "shortcut1", "shortcut2")
 
-    def __init__(self, f, g, shortcut1, shortcut2, **kwargs):
+    def __init__(
+        self,
+        f: keras.layers.Layer,
+        g: keras.layers.Layer,
+        shortcut1: keras.layers.Layer,
+        shortcut2: keras.layers.Layer,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.f = f
         self.g = g
         self.shortcut1 = shortcut1
         self.shortcut2 = shortcut2
 
-    def build_streams(self, shape1, shape2):
+    def build_streams(self, shape1: Shape, shape2: Shape) -> None:
         f = self.shape_after(self.f, shape2)
         g = self.shape_after(self.g, f)
         s1 = self.shape_after(self.shortcut1, shape1)
@@ -391,7 +415,9 @@ class DownsamplingBlock(PairLayer):
                 "shortcuts. Change them: each pair must agree."
             )
 
-    def block(self, arguments, owner=None):
+    def block(
+        self, arguments: CallArguments, owner: Variables | None = None
+    ) -> _coupling.Transition:
         return _coupling.Transition(
             f=arguments.function(self.f, 1, owner),
             g=arguments.function(self.g, 0, owner),
@@ -399,7 +425,7 @@ class DownsamplingBlock(PairLayer):
             shortcut2=arguments.function(self.shortcut2, 1, owner),
         )
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         shape1, shape2 = self.stream_shapes(input_shape)
         shape1 = self.shape_after(self.shortcut1, shape1)
         shape2 = self.shape_after(self.shortcut2, shape2)
@@ -421,24 +447,32 @@ class Stem(PairLayer):
 
     LAYERS = ("layer",)
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
         super().__init__(**kwargs)
         self.layer = layer
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         output_shape = self.shape_after(self.layer, input_shape)
         self.stream_shapes(output_shape)
         self._streams = Pair(self.axis % len(output_shape))
 
-    def call(self, inputs, training=None, mask=None, **kwargs):
+    def call(
+        self,
+        inputs: tf.Tensor,
+        training: bool | None = None,
+        mask: tf.Tensor | None = None,
+        **kwargs,
+    ) -> tf.Tensor:
         arguments = self.call_arguments(training, (mask,), kwargs)
         inputs, pair = [self.cast(inputs)], self._streams
         (output,) = self.apply_blocks(inputs, arguments, Pair(), pair)
         return output
 
-    def block(self, arguments, owner=None):
+    def block(
+        self, arguments: CallArguments, owner: Variables | None = None
+    ) -> _coupling.Recompute:
         function = arguments.function(self.layer, 0, owner, self._streams)
         return _coupling.Recompute(function)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return self.shape_after(self.layer, input_shape)

@@ -103,7 +103,7 @@ class Memory:
         )
 
 
-def estimate(model, batch_size):
+def estimate(model: keras.Model, batch_size: int) -> Memory:
     """Predicts the memory of a training step, without making one.
 
     The function simulates TensorFlow's executor:
@@ -138,7 +138,7 @@ def estimate(model, batch_size):
     return step.memory(peak, sum(stages.values()), stages)
 
 
-def measure(model, batch_size):
+def measure(model: keras.Model, batch_size: int) -> Memory:
     """Measures the memory of a training step with the device's allocator.
 
     The function makes three steps on random inputs, and then restores the values of the
@@ -163,7 +163,7 @@ def measure(model, batch_size):
     return step.compiled() if step.jit_compile else step.measured()
 
 
-def plan(model, batch_size, budget_bytes):
+def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
     """Sets `recompute` on each block, so that a step is as fast as a budget allows.
 
     The last blocks store their activations, as many as fit into the budget by
@@ -237,7 +237,7 @@ def recomputing_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     return [layer for layer in model._flatten_layers() if isinstance(layer, RunLayer)]
 
 
-def split_large_region():
+def split_large_region() -> None:
     """Makes the CPU's allocator take all tensors from one large region.
 
     By default the allocator begins with a small region. It does not split a free chunk
@@ -322,9 +322,10 @@ class _Step:
         model = self.model
         variables = model.trainable_variables
         with tf.GradientTape() as tape:
-            outputs = model(
-                tf.nest.pack_sequence_as(model.input, inputs), training=True
-            )
+            # A sequential model has `inputs` and no `input`.
+            sequential = isinstance(model, keras.Sequential)
+            structure = model.inputs[0] if sequential else model.input
+            outputs = model(tf.nest.pack_sequence_as(structure, inputs), training=True)
             losses = [
                 tf.reduce_mean(tf.square(tf.cast(y, tf.float32)))
                 for y in tf.nest.flatten(outputs)

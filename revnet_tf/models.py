@@ -244,7 +244,7 @@ def _variant(title):
     network = RevNet if row.reversible else ResNet
     size, classes = STEMS[row.stem].image_size, STEMS[row.stem].classes
 
-    def build(**kwargs):
+    def build(**kwargs) -> keras.Model:
         kwargs = {"name": title.lower(), **kwargs}
         return network(
             row.num_blocks, row.channels, row.bottleneck, stem=row.stem, **kwargs
@@ -441,7 +441,7 @@ class _Network:
         return PoolingShortcut(filters, strides)
 
 
-def batch_norm(**kwargs):
+def batch_norm(**kwargs) -> BatchNormalization:
     """Returns a `BatchNormalization` with the constants of the authors' code."""
     return BatchNormalization(momentum=0.99, epsilon=1e-3, **kwargs)
 

@@ -13,6 +13,7 @@ Reference: Gomez et al., 2017, section 3.3, https://arxiv.org/abs/1707.04585
 
 import os
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -29,7 +30,7 @@ MAX_ANGLE = 10.0
 
 
 def reconstruction_error(
-    model_or_layer: keras.layers.Layer, x
+    model_or_layer: keras.layers.Layer, x: Any
 ) -> dict[str, BlockError]:
     """Measures reconstructed activations against those of the forward pass.
 
@@ -55,7 +56,9 @@ def reconstruction_error(
     return errors
 
 
-def gradient_angle(model: keras.Model, x, y, sample_weight=None) -> GradientAngle:
+def gradient_angle(
+    model: keras.Model, x: Any, y: Any, sample_weight: Any = None
+) -> GradientAngle:
     """Measures the angle between the gradients with and without reconstruction.
 
     Both are gradients of the compiled loss, with regularization and loss scaling, at
@@ -80,9 +83,9 @@ def gradient_angle(model: keras.Model, x, y, sample_weight=None) -> GradientAngl
 
 def set_anchors(
     model: keras.Model,
-    x,
-    y,
-    sample_weight=None,
+    x: Any,
+    y: Any,
+    sample_weight: Any = None,
     *,
     max_error: float = MAX_ERROR,
     max_angle: float = MAX_ANGLE,
@@ -147,8 +150,8 @@ class ReversibilityMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y,
+        x: Any,
+        y: Any,
         every_steps: int = 100,
         *,
         max_error: float = MAX_ERROR,
@@ -174,7 +177,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
         self.rows = []
         self._probe = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         if self.model is None:
             raise ValueError(
                 "Expected a model; ReversibilityMonitor has none yet. Call "
@@ -187,7 +190,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
         self._warned = False
         self._measure()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self._begin_once()
         self._ended_batches += 1
         steps = self._step() - self.rows[-1]["step"]
@@ -195,7 +198,7 @@ class ReversibilityMonitor(keras.callbacks.Callback):
         if steps >= self.every_steps:
             self._measure()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self._begin_once()
         rows = self._epoch_rows or self.rows[-1:]
         if logs is not None:

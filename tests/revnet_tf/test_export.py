@@ -208,6 +208,17 @@ def test_warm_up_has_a_request_that_each_signature_answers(uint8_export):
     assert answered == set(signatures)
 
 
+def test_without_the_extra_serving_a_model_is_written_without_requests(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    # Without a process that checks: this is about the files.
+    monkeypatch.setattr(export, "_check_saved_model", lambda *_: None)
+    export_saved_model(small_model(), tmp_path / "1")
+    assert (tmp_path / "1" / "saved_model.pb").exists()
+    assert not (tmp_path / "1" / "assets.extra").exists()
+
+
 @pytest.mark.parametrize(
     "name, argument, message",
     [
