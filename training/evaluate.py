@@ -43,6 +43,11 @@ def main(argv=None):
 
         recipe = runs.recipe_of(args.run_dir)
         images = data.load(recipe, args.data_dir, args.skip_corrupt)
+        if images.class_names != result["class_names"]:
+            raise ValueError(
+                f"{args.run_dir} was trained on other classes than those of "
+                f"{recipe.task.dataset} now; give the --data-dir of its data set."
+            )
     except (ValueError, OSError) as error:
         parser.error(error)
     try:

@@ -31,8 +31,7 @@ def export(run_dir, output, result):
     """
     import keras
 
-    from revnet_tf.export import decode_image, export_saved_model
-    from training import imagenet
+    from revnet_tf.export import export_saved_model
 
     model = load(run_dir)
     # The layers of `fit.serving_model`.
@@ -46,11 +45,7 @@ def export(run_dir, output, result):
             "logits": probabilities.input,
             "features": pooled(normalization.output),
         },
-        decode=(
-            imagenet.centre_crop
-            if runs.recipe_of(run_dir).task.dataset == "imagenet2012"
-            else decode_image(model.input_shape[1:])
-        ),
+        decode=runs.recipe_of(run_dir).task.decoder(model.input_shape[1:]),
         card={
             "recipe": runs.read_json(run_dir / "recipe.json"),
             "result": result,

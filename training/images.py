@@ -183,3 +183,43 @@ def augment(image, key, task):
     if task.flip:
         image = tf.image.stateless_random_flip_left_right(image, flip_key)
     return image
+
+
+def decode_picture(file, channels, size=None):
+    """Decodes a JPEG, PNG, GIF, BMP or WebP file; of an animation the first picture.
+
+    Args:
+        file: scalar string tensor, the content of the file.
+        channels: int, 3 for color or 1 for gray, to which every picture is converted.
+        size: int, as for `resized`, or `None` for the size of the picture.
+
+    Returns:
+        `uint8` image `(height, width, channels)`.
+    """
+    image = tf.io.decode_image(file, channels, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, channels))
+    return image if size is None else resized(image, size)
+
+
+def resized(image, size):
+    """Returns the whole of a `uint8` image, resized to `(size, size)`."""
+    # Without `antialias` a large picture is sampled at few points.
+    image = tf.image.resize(image, (size, size), antialias=True)
+    return tf.cast(tf.round(image), tf.uint8)
+
+
+def held_out(labels):
+    """Returns a boolean array: the fifth of each class that is for the test.
+
+    It depends on the labels alone, not on the seed of a recipe. A class of one example
+    has none for the test.
+
+    Args:
+        labels: integer array `(n,)`.
+    """
+    rng = np.random.default_rng(0)
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        found = rng.permutation(np.flatnonzero(labels == label))
+        mask[found[: -(-len(found) // 5)] if len(found) > 1 else []] = True
+    return mask

@@ -14,17 +14,25 @@ from training import paths
 FILES_AT_ONCE = 16
 
 
+def names():
+    """Returns the names of all data sets that TFDS can prepare."""
+    import tensorflow_datasets as tfds
+
+    return tfds.list_builders(with_community_datasets=False)
+
+
 def builder(name, data_dir=None, download=True):
-    """Returns the TFDS builder of a prepared data set.
+    """Returns the TFDS builder of a prepared data set of images, each with its class.
 
     Args:
-        name: string, the name of the data set.
+        name: string, the name of the data set, or `NAME/CONFIGURATION`.
         data_dir: path of a folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then
             to the default folder of TFDS.
         download: bool, whether to download and prepare a missing data set.
 
     Raises:
-        ValueError: the path is not UTF-8.
+        ValueError: the path is not UTF-8, or the data set has other features or no such
+            configuration.
         FileNotFoundError: the data set is missing, and is not to be downloaded, or has
             to be prepared by hand, or lies in another place or version.
         ConnectionError: the data set is missing and cannot be downloaded.
@@ -41,10 +49,18 @@ def builder(name, data_dir=None, download=True):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     if data_dir:
         paths.check_encoding(data_dir)
+    name, _, config = name.partition("/")
     cls = tfds.builder_cls(name)
+    if config and config not in cls.builder_configs:
+        raise ValueError(
+            f"dataset={name}/{config}: expected one of the configurations "
+            f"{', '.join(cls.builder_configs) or '(none)'}; use one of them, or give a "
+            f"folder as ./{name}/{config}."
+        )
+    options = {"data_dir": data_dir, "config": config or None}
     for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS):
         try:
-            found = cls(data_dir=data_dir, version=version)
+            found = cls(version=version, **options)
         except (ValueError, AssertionError, json_format.ParseError) as error:
             raise OSError(
                 f"the dataset_info.json of {name}/{version} in data_dir="
@@ -52,10 +68,29 @@ def builder(name, data_dir=None, download=True):
                 "copy or prepare the data set again."
             ) from error
         if (Path(found.data_dir) / "dataset_info.json").is_file():
+            _check_features(found)
             return found
-    wanted = cls(data_dir=data_dir)
+    wanted = cls(**options)
+    _check_features(wanted)
     _download(wanted, download)
     return wanted
+
+
+def _check_features(builder):
+    """Raises `ValueError` unless the examples are images, each with its class."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    if not isinstance(features, tfds.features.FeaturesDict) or any(
+        not isinstance(features.get(name), kind) for name, kind in kinds.items()
+    ):
+        found = ", ".join(features or ()) or "none"
+        raise ValueError(
+            f"dataset={builder.name}: expected images with the features image (Image) "
+            f"and label (ClassLabel), found {found}; use a data set for image "
+            "classification."
+        )
 
 
 class Records:
@@ -263,8 +298,8 @@ def _problem(path, length):
 
 
 def _download(builder, download):
-    folder = Path(builder.data_dir).resolve()
-    data_dir, wanted = folder.parents[1], f"{builder.name}/{builder.version}"
+    folder, wanted = Path(builder.data_dir).resolve(), builder.info.full_name
+    data_dir = folder.parents[wanted.count("/")]
     found = _misplaced(builder.name, data_dir)
     if found:
         raise FileNotFoundError(
@@ -285,8 +320,11 @@ def _download(builder, download):
             f"(`tfds build {builder.name} --data_dir={data_dir}`), or give the "
             "--data-dir in which it lies."
         )
-    ((url, info),) = builder.url_infos.items()
-    print(f"Downloading {wanted}, {info.size}, from {url} to {data_dir}", flush=True)
+    # Some data sets have several files, and some have no list of them.
+    files = builder.url_infos or {}
+    url, info = next(iter(files.items()), (builder.info.homepage, None))
+    size = f", {info.size}" if len(files) == 1 else ""
+    print(f"Downloading {wanted}{size}, from {url} to {data_dir}", flush=True)
     problem = _unreachable(url)
     if problem:
         raise ConnectionError(

@@ -100,6 +100,17 @@ RECIPES = {
         global_batch_size=50,
         train_steps=896,  # 32 epochs of 28 steps
     ),
+    # No row of the paper: pictures of one's own, in a folder.
+    "pictures_revnet": Recipe(
+        RevNet((2, 2, 2), (32, 32, 64, 128), False),
+        SmallImageClassification(
+            "pictures", classes=None, image_size=64, pad=4, flip=True
+        ),
+        SGD(weight_decay=2e-4, momentum=0.9),
+        Cosine(learning_rate=0.05, warmup_steps=100),
+        global_batch_size=32,
+        train_steps=1_000,
+    ),
     **{
         f"cifar{classes}_{network}": _cifar(classes, network)
         for classes in (10, 100)

@@ -215,7 +215,8 @@ def parse(argv):
         "--data-dir",
         type=path,
         default=None,
-        help="folder of TFDS data sets. Defaults to TFDS_DATA_DIR, then to TFDS's own.",
+        help="folder that holds the data set. Defaults for TFDS to TFDS_DATA_DIR, then "
+        "to TFDS's own; for a folder of pictures to the current folder.",
     )
     parser.add_argument(
         "--skip-corrupt",

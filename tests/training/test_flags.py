@@ -16,7 +16,7 @@ from training.recipes import RECIPES
 ROOT = Path(__file__).parents[2]
 NUMBERS = (
     "classes num-blocks channels global-batch-size learning-rate train-steps "
-    "weight-decay pad decay-steps warmup-steps momentum fraction-bits seed "
+    "image-size weight-decay pad decay-steps warmup-steps momentum fraction-bits seed "
     "save-every monitor memory-budget"
 ).split()
 MAY_BE_0 = "weight-decay pad warmup-steps momentum fraction-bits seed".split()
@@ -168,7 +168,7 @@ def test_every_field_is_a_flag():
         "--bottleneck --no-recompute --fraction-bits 14 --global-batch-size 3 "
         "--learning-rate 0.5 --schedule cosine --warmup-steps 3 --momentum 0.8 "
         "--weight-decay 0.7 --train-steps 4 --pad 5 --flip --test-in-mean --seed 6 "
-        "--precision mixed_float16 --no-jit --deterministic"
+        "--image-size 24 --precision mixed_float16 --no-jit --deterministic"
     ).split()
     _, name, recipe, _ = train.parse(argv)
     assert name == "digits_revnet"
@@ -188,6 +188,7 @@ def test_every_field_is_a_flag():
         "momentum": 0.8,
         "weight_decay": 0.7,
         "train_steps": 4,
+        "image_size": 24,
         "pad": 5,
         "flip": True,
         "test_in_mean": True,

@@ -67,6 +67,7 @@ NEW = """{
     "kind": "SmallImageClassification",
     "dataset": "digits",
     "classes": 10,
+    "image_size": null,
     "pad": 1,
     "flip": false,
     "test_in_mean": false
@@ -97,7 +98,7 @@ NEW = """{
 """
 OPTIONAL = (
     "pad flip test_in_mean schedule decay_steps warmup_steps momentum recompute "
-    "fraction_bits seed precision jit deterministic"
+    "image_size fraction_bits seed precision jit deterministic"
 ).split()
 
 

@@ -134,6 +134,7 @@ def test_recipe_file_holds_every_field_as_it_was_resolved_and_versions(finished_
             "kind": "SmallImageClassification",
             "dataset": "digits",
             "classes": 10,
+            "image_size": None,
             "pad": 1,
             "flip": True,
             "test_in_mean": False,
