@@ -8,7 +8,7 @@ and LiteRT for small devices, in float32 or int8 arithmetic.
 import contextlib
 
 from training import paths, runs, signals
-from training.command import Parser, io_errors, one_of, path
+from training.command import Parser, io_errors, load_tensorflow, one_of, path
 
 # The formats that are files, with the name of the file in the run folder.
 FILES = {
@@ -122,6 +122,7 @@ def main(argv=None):
         try:
             result = runs.finished(args.run_dir)
             runs.recipe_of(args.run_dir)  # An error here comes before any work.
+            load_tensorflow()
             if not args.output:
                 # Two exports at a time would take the same version.
                 stack.enter_context(runs.locked(args.run_dir))

@@ -18,11 +18,12 @@ def run(prog, main):
         main: function, the program.
     """
     has_ended = False
+    stderr = os.dup(2)  # `command.load_tensorflow` redirects the original.
 
     def end(*_):
         if not has_ended:
             # `print` is not safe in a signal handler.
-            os.write(2, f"{prog}: error: interrupted\n".encode())
+            os.write(stderr, f"{prog}: error: interrupted\n".encode())
         os._exit(STATUS)
 
     _handle(end)

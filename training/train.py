@@ -17,7 +17,7 @@ from pathlib import Path
 
 from training import runs, signals
 from training.cluster import cluster_of, wait_for_workers
-from training.command import Parser, io_errors, one_of, path
+from training.command import Parser, io_errors, load_tensorflow, one_of, path
 from training.recipe import CHOICES
 from training.recipe import flags as recipe_flags
 from training.recipes import RECIPES
@@ -50,6 +50,7 @@ def train(parser, name, recipe, args, stack):
         if cluster.is_chief and not is_new:
             hold()
         # TensorFlow takes seconds to load. The checks above do not wait for it.
+        load_tensorflow()
         import keras
         import tensorflow as tf
 
