@@ -108,16 +108,42 @@ def plan_memory(network, recipe, images, strategy, budget_bytes=None):
     Raises:
         ValueError: the budget is too small, or the network is not reversible.
     """
-    # `memory` traces a step of one device, so it gets a network outside the strategy.
-    twin = build(recipe, images)
-    compile_network(twin, recipe)
-    batch_size = recipe.global_batch_size // strategy.num_replicas_in_sync
+    twin, batch_size = _on_one_replica(recipe, images, strategy)
     if budget_bytes is not None:
         memory.plan(twin, batch_size, budget_bytes)
         pair = map(memory.recomputing_layers, (network, twin))
         for layer, planned in zip(*pair, strict=True):
             layer.recompute = planned.recompute
     return memory.estimate(twin, batch_size)
+
+
+def activation_bytes(recipe, images, strategy):
+    """Estimates the activation memory of a training step on each replica.
+
+    Args:
+        recipe, images, strategy: as for `fit`. The network is reversible.
+
+    Returns:
+        A dictionary of the bytes, if all activations are `"reconstructed"` and if all
+        are `"stored"`.
+    """
+    twin, batch_size = _on_one_replica(recipe, images, strategy)
+    found = {}
+    for way in ("reconstructed", "stored"):
+        for layer in memory.recomputing_layers(twin):
+            layer.recompute = way == "reconstructed"
+        found[way] = memory.estimate(twin, batch_size).activation_bytes
+    return found
+
+
+def _on_one_replica(recipe, images, strategy):
+    """Returns a compiled network and the batch size of one replica.
+
+    `memory` traces a step of one device, so the network is outside of the strategy.
+    """
+    network = build(recipe, images)
+    compile_network(network, recipe)
+    return network, recipe.global_batch_size // strategy.num_replicas_in_sync
 
 
 def num_parameters(network):

@@ -126,7 +126,7 @@ def train(parser, name, recipe, args, stack):
                 serving = fit.serving_model(network, images)
                 with replacing(run_dir / "model.keras") as part:
                     serving.save(part)
-                finish(run_dir, name, recipe, network, images, rows)
+                finish(run_dir, name, recipe, network, images, rows, strategy)
             # The others wait, or the chief would report a worker that died.
             strategies.on_any_worker(strategy, False)
     except FloatingPointError as error:
@@ -162,7 +162,7 @@ def check_replicas(recipe, replicas):
         )
 
 
-def finish(run_dir, name, recipe, network, images, rows):
+def finish(run_dir, name, recipe, network, images, rows, strategy):
     """Draws the curves of a trained run, scores its saved model and exports it."""
     from training import evaluate, export, fit, outputs
 
@@ -192,6 +192,9 @@ training       {result["train_seconds"]:.0f} s, {recipe.train_steps:,} steps
 model          {run_dir / "model.keras"}
 SavedModel     {run_dir / "export" / "1"}
 curves         {run_dir / "curves.png"}""")
+    if hasattr(recipe.network, "recompute"):
+        for way, size in fit.activation_bytes(recipe, images, strategy).items():
+            print(f"activations    {size / 1e6:.2f} MB a step if {way}, by estimate")
 
 
 def parse(argv):
