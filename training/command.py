@@ -64,8 +64,8 @@ def load_tensorflow():
 
 
 def io_errors():
-    """Returns what a full or read-only disk raises, TensorFlow's own error too."""
-    import tensorflow as tf  # not before it is needed: it takes seconds to load
+    """Returns the errors of a full or read-only disk, TensorFlow's own included."""
+    import tensorflow as tf  # It takes seconds to load.
 
     return OSError, tf.errors.OpError
 

@@ -72,12 +72,12 @@ def _folder(dataset, data_dir):
 
 
 def _digits(task):
-    """Scikit-learn's 1,797 handwritten digits, 8x8; a fifth of them is held out."""
+    """Returns scikit-learn's 1,797 handwritten digits, 8x8. A fifth is for the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    # The images of this set go from 0 to 16, those of all others from 0 to 255.
+    # The values of this set go from 0 to 16, the values of all others from 0 to 255.
     images = np.round(digits.images[..., np.newaxis] * (255 / 16)).astype(np.uint8)
     # The test images do not depend on the seed of a recipe.
     train_images, test_images, train_labels, test_labels = train_test_split(

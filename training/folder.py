@@ -12,7 +12,7 @@ from training import paths
 from training.images import ImagesInMemory, decode_picture, held_out
 
 TEST_FOLDERS = ("test", "validation", "val")
-# Files that Windows writes into folders. Those of other systems are hidden.
+# Files that Windows writes into folders. The names of other systems begin with a dot.
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
 
@@ -40,8 +40,8 @@ def load(folder, image_size=None, skip_corrupt=False, test_in_mean=False):
         test_in_mean: bool, as for `ImagesInMemory`.
 
     Raises:
-        ValueError: the folders are not those of classes, or the pictures have several
-            sizes.
+        ValueError: the folder has another layout, a class has no picture for the
+            training, or the pictures have several sizes.
         OSError: a file cannot be read, or is no picture.
     """
     train, test = _splits(folder)
@@ -77,7 +77,7 @@ def load(folder, image_size=None, skip_corrupt=False, test_in_mean=False):
         if label not in labels[~for_test]:
             raise ValueError(
                 f"{train / name}: expected a picture that can be read, found none; add "
-                "one, or remove the folder."
+                "pictures, or remove the folder."
             )
     if not any(for_test):
         raise ValueError(
@@ -103,9 +103,9 @@ def load(folder, image_size=None, skip_corrupt=False, test_in_mean=False):
 
 
 def _splits(folder):
-    """Returns the folders that hold the classes for training and test.
+    """Returns the folder of the training classes, and the folder of the test classes.
 
-    The latter is `None` if one folder is for both.
+    The second is `None` if one folder is for both.
     """
     # A folder `train` of pictures is a class.
     if not ((folder / "train").is_dir() and _folders(folder / "train")):

@@ -1,4 +1,7 @@
-"""Data sets that TFDS has prepared: their folders, and their single records."""
+"""Data sets that TFDS has prepared: their folders and their records.
+
+The handwritten digits do not need TFDS, so only functions import it.
+"""
 
 import os
 import stat
@@ -33,12 +36,11 @@ def builder(name, data_dir=None, download=True):
     Raises:
         ValueError: the path is not UTF-8, or the data set has other features or no such
             configuration.
-        FileNotFoundError: the data set is missing, and is not to be downloaded, or has
-            to be prepared by hand, or lies in another place or version.
+        FileNotFoundError: the data set is missing and `download` is false, or it must
+            be prepared by hand, or it lies in another place or version.
         ConnectionError: the data set is missing and cannot be downloaded.
         OSError: the description of the data set is damaged.
     """
-    # The handwritten digits do not need this package.
     import tensorflow_datasets as tfds
 
     if data_dir is not None and not Path(data_dir).is_dir():
@@ -94,16 +96,16 @@ def _check_features(builder):
 
 
 class Records:
-    """The records of one split, in the files in which TFDS has written them.
+    """The records of one split, in the files that TFDS has written.
 
-    A corrupt record is one of a damaged file, or one whose image cannot be decoded. It
-    ends the reading with an error that names it, or is left out and counted.
+    A record is corrupt if its file is damaged there, or if its image cannot be decoded.
+    It ends the reading with an error that names it, or is left out and counted.
 
     Args:
         builder: TFDS builder of a prepared data set.
         split: string, the name of the split.
         skip_corrupt: bool, whether to leave out corrupt records.
-        decoders: decoders of TFDS, for features that are not to be decoded.
+        decoders: dictionary of TFDS decoders, for the features to leave encoded.
 
     Raises:
         OSError: the data set has no such split, or a file of it cannot be read.
@@ -130,7 +132,7 @@ class Records:
         self._decoders = decoders
 
     def __len__(self):
-        """Number of records, corrupt ones included."""
+        """The number of records, including corrupt records."""
         return sum(self.lengths)
 
     def encoded(self, shuffle_buffer=0, seed=None):
@@ -146,11 +148,11 @@ class Records:
 
         def read(file, path_and_length):
             path, length = path_and_length
-            # A blank stands for each record that a damaged file does not yield. Every
-            # record has its number, and the split its size.
+            # A blank replaces each record that a damaged file does not yield. The other
+            # records keep their numbers, and the split its size.
             blank = tf.data.Dataset.from_tensors(b"").repeat()
-            # `ignore_errors` alone would try for ever to open a file that is missing.
-            # The range ends the attempts.
+            # `ignore_errors` alone would try forever to open a missing file. The range
+            # ends the attempts.
             attempts = tf.data.Dataset.range(length)
             found = tf.data.Dataset.zip(attempts, tf.data.TFRecordDataset(path))
             found = found.ignore_errors().map(lambda _, encoded: encoded)
@@ -158,7 +160,7 @@ class Records:
             return records.map(lambda record, encoded: (file, record, encoded))
 
         def shuffled(seed):
-            # The seed of the graph of this function, in place of the global one.
+            # The seed of this function's graph replaces the global seed.
             tf.compat.v1.set_random_seed(1)
             return (
                 files.shuffle(len(self.paths), seed, reshuffle_each_iteration=False)

@@ -4,7 +4,7 @@ Each is a dataclass that owns its fields, and every field is a flag of `training
 A new network, task, optimizer or schedule is a new dataclass in `PARTS`, whose `build`
 makes the Keras object.
 
-Only these methods load TensorFlow, so that the command line answers before.
+Only these methods load TensorFlow, so that the command line answers without it.
 """
 
 import dataclasses
@@ -33,14 +33,16 @@ class ResNet(Settings):
         {"above": 0, "below": 2**14},
     )
     bottleneck: bool = setting(
-        "use branches of 1x1, 3x3, 1x1 convolutions, not of two 3x3 ones."
+        "use branches of 1x1, 3x3 and 1x1 convolutions, not of two 3x3 convolutions."
     )
 
     def __post_init__(self):
         super().__post_init__()
         stages = len(self.num_blocks)
         self.require("num_blocks", stages, "give the blocks of each stage")
-        change = f"give the stem's channels, then those of each of the {stages} stages"
+        change = (
+            f"give the stem's channels, then one number for each of {stages} stages"
+        )
         self.require("channels", len(self.channels) == stages + 1, change)
 
     def build(self, task, images, optimizer):
@@ -62,7 +64,7 @@ class RevNet(ResNet):
     """The paper's reversible network, `revnet_tf.models.RevNet`."""
 
     recompute: bool = setting(
-        "reconstruct activations in the backward pass, not store them.", default=True
+        "reconstruct activations in the backward pass, do not store them.", default=True
     )
     fraction_bits: int | None = setting(
         "use fixed-point streams with this number of fraction bits, which are "
@@ -115,12 +117,12 @@ class SmallImageClassification(Classification):
 
     image_size: int | None = setting(
         "height and width to which every image is resized; without the flag, images "
-        "have the one size of the data set.",
+        "keep their size, which must be the same for all.",
         {"above": 0, "below": 2**12},
         default=None,
     )
     pad: int = setting(
-        "pixels of zeros on each side of an image, of which a random crop is taken.",
+        "pixels of zeros on each side of an image, before a random crop.",
         {"at least": 0, "below": 33},
         default=0,
     )
@@ -190,7 +192,7 @@ class Schedule(Settings):
     """The learning rate as a function of the step."""
 
     learning_rate: float = setting(
-        "learning rate of the first step; with a warm-up, the highest one.", POSITIVE
+        "learning rate of the first step; with a warm-up, the highest rate.", POSITIVE
     )
 
     def check_steps(self, train_steps: int) -> None:
@@ -203,10 +205,10 @@ class Schedule(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Piecewise(Schedule):
-    """A tenth of the learning rate from each of the decay steps on."""
+    """A learning rate that falls to a tenth at each of the decay steps."""
 
     decay_steps: tuple[int, ...] = setting(
-        "steps from which on a piecewise learning rate is a tenth of its last value.",
+        "steps at which a piecewise learning rate falls to a tenth of its value.",
         COUNT,
         default=(),
     )
@@ -233,7 +235,7 @@ class Piecewise(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-    """Up from 0 in the warm-up, then down to 0 at the end along half a cosine."""
+    """A learning rate that rises in the warm-up, then falls along half a cosine."""
 
     warmup_steps: int = setting(
         "steps in which a cosine schedule rises.",
@@ -265,7 +267,9 @@ PARTS = {
 
 
 class Choice(NamedTuple):
-    """A flag that chooses the class of a part; fields of one name keep their values.
+    """A flag that chooses the class of a part.
+
+    Fields that both classes have keep their values.
 
     Attributes:
         flag: string, the name of the flag.
@@ -315,8 +319,8 @@ CHOICES = (
     DATASET,
     Choice(
         "schedule",
-        "piecewise (a tenth of the learning rate from each of the decay steps on) or "
-        "cosine (up from 0 in the warm-up, then down to 0 at the end).",
+        "piecewise (falls to a tenth at each of the decay steps) or cosine (rises from "
+        "0 in the warm-up, and falls to 0 at the end).",
         {"piecewise": Piecewise, "cosine": Cosine},
     ),
 )
@@ -349,8 +353,8 @@ class Recipe(Settings):
         default=None,
     )
     deterministic: bool = setting(
-        "make two runs equal bit for bit; with fixed-point streams, also one that "
-        "reconstructs activations and one that stores them.",
+        "make two runs equal bit for bit; with fixed-point streams, also a run that "
+        "reconstructs activations and a run that stores them.",
         default=False,
     )
 
@@ -419,7 +423,7 @@ class Recipe(Settings):
 
 def _with_parts(content):
     """Returns today's form of a `recipe.json` from before recipes had parts."""
-    # Every field was in one object, also those that another choice needs.
+    # One object held every field, including the fields of other choices.
     content = {"schedule": "piecewise"} | content
     parts = {}
     for name, (cls, *_) in PARTS.items():

@@ -1,6 +1,6 @@
 """Trains a recipe: `python -m training.train [--recipe NAME] [--FIELD VALUE ...]`.
 
-The same command on the folder of an unfinished run goes on from its last checkpoint.
+The same command on the folder of an unfinished run resumes it at its last checkpoint.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv=None):
 
 
 def train(parser, name, recipe, args, stack):
-    """Trains a recipe, or ends the program with one line that says why not."""
+    """Trains a recipe, or ends the program with one line that names the reason."""
     run_dir = args.run_dir or Path("runs", name)
     description = runs.describe(name, recipe)
 
@@ -67,8 +67,8 @@ def train(parser, name, recipe, args, stack):
             tf.config.experimental.enable_op_determinism()
             # The graph optimizer of TensorFlow orders sums by the rest of the graph.
             # The gradients of reconstructed and of stored activations would differ in
-            # their last bits. To disable `arithmetic_optimization` alone does not
-            # suffice in large steps: RevNet-38, 100 images.
+            # their last bits. For RevNet-38 with 100 images, it does not suffice to
+            # disable `arithmetic_optimization` alone.
             options = {"disable_meta_optimizer": True}
             tf.config.optimizer.set_experimental_options(options)
         images = data.load(
@@ -240,7 +240,7 @@ def parse(argv):
         type=int,
         default=None,
         metavar="N",
-        help="steps between checkpoints, in addition to that of each epoch.",
+        help="steps between checkpoints, in addition to a checkpoint after each epoch.",
     )
     parser.add_argument(
         "--monitor",
@@ -349,9 +349,9 @@ def size(text):
 
 
 if __name__ == "__main__":
-    # By default XLA orders operations on a CPU so that many can run at a time, and with
-    # this flag so that they need little memory. The flags of the environment come last
-    # and prevail. A flag is for the whole process, so `main` does not set it.
+    # By default XLA orders operations on a CPU for parallel execution, and with this
+    # flag for memory. The flags of the environment come last and prevail. A flag is for
+    # the whole process, so `main` does not set it.
     order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = f"{order} {os.environ.get('XLA_FLAGS', '')}"
     signals.run("python -m training.train", main)
