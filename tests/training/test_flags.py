@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
+from revnet_tf import memory, models
 from training import evaluate, export, train
 from training.recipe import ResNet, flags
 from training.recipes import RECIPES
@@ -28,7 +30,7 @@ TINY = "--num-blocks 1 --channels 8 8 --train-steps 2 --global-batch-size 200".s
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Spares these many short tests the reset of Keras, which they do not use."""
+    """Replaces the reset of Keras, which these many short tests do not need."""
 
 
 def refused(capsys, main, *argv):
@@ -121,6 +123,25 @@ def test_data_dir_of_the_digits_is_refused(data_dir, tmp_path, finished_run, cap
 def test_decay_steps_beyond_the_end_are_named(finished_run):
     _, out = finished_run
     assert "its learning rate does not decay there: [560, 784]" in out
+
+
+def test_run_ends_with_the_activation_memory_of_a_step(finished_run):
+    _, out = finished_run
+    network = models.RevNet(
+        (1,), (8, 8), input_shape=(8, 8, 1), classes=10, classifier_activation=None
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.compile(keras.optimizers.SGD(0.1, 0.9), loss)
+    sizes = []
+    for recompute in (True, False):
+        for layer in memory.recomputing_layers(network):
+            layer.recompute = recompute
+        sizes.append(memory.estimate(network, 200).activation_bytes / 1e6)
+    assert sizes[0] < sizes[1]
+    assert out.splitlines()[-2:] == [
+        f"activations    {sizes[0]:.2f} MB a step if reconstructed, by estimate",
+        f"activations    {sizes[1]:.2f} MB a step if stored, by estimate",
+    ]
 
 
 @pytest.mark.parametrize(
