@@ -151,7 +151,7 @@ def test_value_of_another_type_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "change, dropped, kept",
+    "change, dropped, shared",
     [
         ({"reversible": False}, {"recompute", "fraction_bits"}, "num_blocks"),
         ({"schedule": "cosine"}, {"decay_steps"}, "learning_rate"),
@@ -162,10 +162,10 @@ def test_value_of_another_type_is_refused(value):
         ),
     ],
 )
-def test_choice_of_another_class_keeps_what_both_have(change, dropped, kept):
+def test_choice_of_another_class_copies_the_shared_fields(change, dropped, shared):
     before, after = TINY.values(), TINY.replace(**change).values()
     assert before.keys() - after.keys() == dropped
-    assert after[kept] == before[kept]
+    assert after[shared] == before[shared]
     (flag,) = change
     back = TINY.replace(**change).replace(**{flag: before[flag]}).values()
     assert back.keys() == before.keys()
