@@ -334,7 +334,15 @@ def _download(builder, download):
             f"command where there is a network, copy {wanted} from its data folder "
             f"to {folder}, or give the --data-dir in which it lies."
         )
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # Data sets raise errors of many types.
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"{wanted} cannot be downloaded and prepared ({type(error).__name__}: "
+            f"{reason}); prepare it with TFDS (`tfds build {builder.name}`), or give "
+            "another data set."
+        ) from error
 
 
 def _misplaced(name, data_dir):
