@@ -4,7 +4,7 @@ Options, as JSON:
     devices: number of logical CPUs. They have to be set before TensorFlow starts, and
         two mirrored strategies in one process abort it.
     network: one of `NETWORKS`, in place of that of the recipe.
-    weights: file for the weights, to whose name every worker adds its number.
+    weights: file for the weights. Every worker adds its number to the name.
     fit_only: whether the run ends with the training, without export and score.
     timeout: seconds that a worker waits for the others.
     hang: number of the worker that hangs after its first step.

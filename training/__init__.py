@@ -7,5 +7,7 @@ the wheel.
 
 import os
 
-# At its start TensorFlow logs the drivers and instructions that it did not find.
+# Whether the programs show their own lines only. At its start TensorFlow logs the
+# drivers and instructions that it did not find.
+QUIET = "TF_CPP_MIN_LOG_LEVEL" not in os.environ
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run. Each is written as a whole; a damaged one is passed over."""
+"""The checkpoints of a run, each written as a whole. Damaged ones are passed over."""
 
 import shutil
 import sys
@@ -52,11 +52,11 @@ class Checkpoints:
         """Restores the last checkpoint that can be read.
 
         Returns:
-            The step and the record. The step is 0 where there is no checkpoint. The
-            record is empty there, and in a checkpoint of an older version.
+            The step and the record. Without a checkpoint the step is 0. The record is
+            empty without a checkpoint, and in a checkpoint of an older version.
 
         Raises:
-            OSError: no checkpoint can be read, or one has other variables.
+            OSError: no checkpoint can be read, or a checkpoint has other variables.
         """
         if self.is_chief:
             outputs.remove_parts(self.folder)
@@ -73,7 +73,7 @@ class Checkpoints:
             ) as error:
                 raise OSError(
                     f"{path} holds other variables than the network of this run; "
-                    "remove it, or go on with the version that wrote it."
+                    "remove it, or resume with the version that wrote it."
                 ) from error
             except (tf.errors.OpError, IndexError, OSError) as error:
                 reason = str(error).splitlines()[0]
@@ -81,6 +81,6 @@ class Checkpoints:
         if found:
             raise OSError(
                 f"none of the checkpoints in {self.folder} can be read; remove the "
-                "folder to begin the run anew."
+                "folder to begin the run again."
             )
         return 0, {}

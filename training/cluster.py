@@ -111,8 +111,8 @@ def wait_for_workers(cluster):
 def watched(cluster):
     """Ends this process with one line if the block waits too long for another worker.
 
-    A worker waits for the others within TensorFlow, where no exception reaches it. A
-    worker that has ended is an error of TensorFlow, one that hangs is not.
+    A worker waits for the others within TensorFlow, where no exception reaches it.
+    TensorFlow reports a worker that has ended, but not a worker that hangs.
 
     Args:
         cluster: a `Cluster`.
@@ -149,7 +149,7 @@ def watched(cluster):
 
 
 def _missing(cluster):
-    """Says which of the other workers cannot be reached."""
+    """Returns a text that names the other workers that cannot be reached."""
     found = []
     for index, address in enumerate(cluster.workers):
         if index != cluster.index:

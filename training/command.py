@@ -2,7 +2,12 @@
 
 import argparse
 import difflib
+import os
+import sys
+import tempfile
 from pathlib import Path
+
+import training
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,9 +40,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
 
+def load_tensorflow():
+    """Imports TensorFlow and Keras, without the messages of their start on stderr.
+
+    The libraries of TensorFlow write some messages before they read the log level. The
+    variable `TF_CPP_MIN_LOG_LEVEL` shows them, as it does where the import ends the
+    process.
+    """
+    if not training.QUIET or "tensorflow" in sys.modules:
+        return
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), 2)
+        try:
+            import keras  # noqa: F401
+        except BaseException:
+            messages.seek(0)
+            os.write(stderr, messages.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def io_errors():
-    """Returns what a full or read-only disk raises, TensorFlow's own error too."""
-    import tensorflow as tf  # not before it is needed: it takes seconds to load
+    """Returns the errors of a full or read-only disk, TensorFlow's own included."""
+    import tensorflow as tf  # It takes seconds to load.
 
     return OSError, tf.errors.OpError
 

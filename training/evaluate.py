@@ -1,7 +1,7 @@
 """Scores a finished run: `python -m training.evaluate RUN_DIR [--data-dir DIR]`."""
 
 from training import runs, signals
-from training.command import Parser, io_errors, path
+from training.command import Parser, io_errors, load_tensorflow, path
 
 
 def score(run_dir, images):
@@ -39,10 +39,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         result = runs.finished(args.run_dir)
+        load_tensorflow()
         from training import data
 
         recipe = runs.recipe_of(args.run_dir)
         images = data.load(recipe, args.data_dir, args.skip_corrupt)
+        if images.class_names != result["class_names"]:
+            raise ValueError(
+                f"{args.run_dir} was trained on other classes than those of "
+                f"{recipe.task.dataset} now; give the --data-dir of its data set."
+            )
     except (ValueError, OSError) as error:
         parser.error(error)
     try:

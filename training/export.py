@@ -8,7 +8,7 @@ and LiteRT for small devices, in float32 or int8 arithmetic.
 import contextlib
 
 from training import paths, runs, signals
-from training.command import Parser, io_errors, one_of, path
+from training.command import Parser, io_errors, load_tensorflow, one_of, path
 
 # The formats that are files, with the name of the file in the run folder.
 FILES = {
@@ -31,8 +31,7 @@ def export(run_dir, output, result):
     """
     import keras
 
-    from revnet_tf.export import decode_image, export_saved_model
-    from training import imagenet
+    from revnet_tf.export import export_saved_model
 
     model = load(run_dir)
     # The layers of `fit.serving_model`.
@@ -46,11 +45,7 @@ def export(run_dir, output, result):
             "logits": probabilities.input,
             "features": pooled(normalization.output),
         },
-        decode=(
-            imagenet.centre_crop
-            if runs.recipe_of(run_dir).task.dataset == "imagenet2012"
-            else decode_image(model.input_shape[1:])
-        ),
+        decode=runs.recipe_of(run_dir).task.decoder(model.input_shape[1:]),
         card={
             "recipe": runs.read_json(run_dir / "recipe.json"),
             "result": result,
@@ -127,6 +122,7 @@ def main(argv=None):
         try:
             result = runs.finished(args.run_dir)
             runs.recipe_of(args.run_dir)  # An error here comes before any work.
+            load_tensorflow()
             if not args.output:
                 # Two exports at a time would take the same version.
                 stack.enter_context(runs.locked(args.run_dir))

@@ -45,7 +45,7 @@ REVERSIBILITY = {
     "block": str,
     "gradient_angle": float,
 }
-# Number of steps between two questions to the other workers: did one get SIGTERM?
+# Number of steps after which the workers tell each other whether they got SIGTERM.
 WORKERS_ASK_EVERY = 10
 
 
@@ -108,16 +108,42 @@ def plan_memory(network, recipe, images, strategy, budget_bytes=None):
     Raises:
         ValueError: the budget is too small, or the network is not reversible.
     """
-    # `memory` traces a step of one device, so it gets a network outside the strategy.
-    twin = build(recipe, images)
-    compile_network(twin, recipe)
-    batch_size = recipe.global_batch_size // strategy.num_replicas_in_sync
+    twin, batch_size = _on_one_replica(recipe, images, strategy)
     if budget_bytes is not None:
         memory.plan(twin, batch_size, budget_bytes)
         pair = map(memory.recomputing_layers, (network, twin))
         for layer, planned in zip(*pair, strict=True):
             layer.recompute = planned.recompute
     return memory.estimate(twin, batch_size)
+
+
+def activation_bytes(recipe, images, strategy):
+    """Estimates the activation memory of a training step on each replica.
+
+    Args:
+        recipe, images, strategy: as for `fit`. The network is reversible.
+
+    Returns:
+        A dictionary of the bytes, if all activations are `"reconstructed"` and if all
+        are `"stored"`.
+    """
+    twin, batch_size = _on_one_replica(recipe, images, strategy)
+    found = {}
+    for way in ("reconstructed", "stored"):
+        for layer in memory.recomputing_layers(twin):
+            layer.recompute = way == "reconstructed"
+        found[way] = memory.estimate(twin, batch_size).activation_bytes
+    return found
+
+
+def _on_one_replica(recipe, images, strategy):
+    """Returns a compiled network and the batch size of one replica.
+
+    `memory` traces a step of one device, so the network is outside of the strategy.
+    """
+    network = build(recipe, images)
+    compile_network(network, recipe)
+    return network, recipe.global_batch_size // strategy.num_replicas_in_sync
 
 
 def num_parameters(network):
@@ -138,7 +164,7 @@ def serving_model(network, images):
 
 
 def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=()):
-    """Trains `network`, from the last checkpoint in `run_dir` if it has one.
+    """Trains `network`, from the last checkpoint in `run_dir` if there is a checkpoint.
 
     Args:
         network: `keras.Model`, made in the scope of `strategy`.
@@ -227,7 +253,7 @@ class Progress:
 
 
 def resume(checkpoints, metrics, recipe, images, run_dir):
-    """Restores the last checkpoint of a run, if it has one.
+    """Restores the last checkpoint of a run, if there is a checkpoint.
 
     Args:
         checkpoints: the `Checkpoints` of the run.
@@ -255,7 +281,7 @@ def resume(checkpoints, metrics, recipe, images, run_dir):
     steps_per_epoch = images.steps_per_epoch(recipe.global_batch_size)
     sums = [(v, v.numpy()) for metric in metrics for v in metric.variables]
     for metric in metrics:
-        # Keras resets a metric at the begin of an epoch, but not before its first use.
+        # Keras resets a metric at the start of an epoch, but not before its first use.
         metric.reset_state()
 
     def continue_sums(*_):
@@ -392,7 +418,7 @@ class Monitor(numerics.ReversibilityMonitor):
         self.path = run_dir / "reversibility.csv"
 
     def on_train_begin(self, logs=None):
-        # A run that goes on repeats the measurements after its checkpoint.
+        # A resumed run repeats the measurements after its checkpoint.
         step = int(self.model.optimizer.iterations.numpy())
         rows = outputs.read_own_table(self.path, REVERSIBILITY)
         self.rows = [row for row in rows if row["step"] < step]
@@ -407,7 +433,7 @@ def peak_memory():
     """Returns the peak memory so far in bytes, of the first GPU or of this process."""
     if tf.config.list_logical_devices("GPU"):
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    # A file of Linux. `ru_maxrss` can be that of the process that started this one.
+    # A file of Linux. `ru_maxrss` can be the peak of the parent process.
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     return 1024 * int(found[1]) if found else math.nan

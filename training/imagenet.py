@@ -12,11 +12,11 @@ SHUFFLE_BUFFER = 10_000
 
 
 class ImageNet(Images):
-    """`imagenet2012` of TFDS, or what has its features; the validation set is the test.
+    """`imagenet2012` of TFDS. The validation set is for the test.
 
     Args:
-        builder: of the prepared data set.
-        skip_corrupt: whether to leave out images that cannot be read or decoded.
+        builder: TFDS builder of the prepared data set.
+        skip_corrupt: bool, whether to leave out images that cannot be read or decoded.
     """
 
     image_shape = (SIZE, SIZE, 3)
@@ -28,13 +28,13 @@ class ImageNet(Images):
         from tensorflow_datasets import decode
 
         self.class_names = builder.info.features["label"].names
-        # Decoded here, after the shuffle, and the crop of it only.
+        # This class decodes images after the shuffle, and decodes only the crop.
         decoders = {"image": decode.SkipDecoding()}
         self.records = self.train, self.test = [
             prepared.Records(builder, split, skip_corrupt, decoders)
             for split in ("train", "validation")
         ]
-        # Corrupt ones included, which are found on the way only.
+        # These include corrupt images, which only the reading finds.
         self.num_train_images, self.num_test_images = len(self.train), len(self.test)
 
     def training_batches(self, recipe, first_step=0, context=ALONE):
@@ -51,9 +51,9 @@ class ImageNet(Images):
                 return self.normalize(255 * image), example["label"]
 
             records = self.train.encoded(SHUFFLE_BUFFER, seed).enumerate()
-            # Every worker reads all files, and decodes its share only.
+            # Every worker reads all files, and decodes only its share.
             records = records.shard(*shard).map(lambda i, record: (*record, i))
-            # Images that are left out are made up for: every epoch has one length.
+            # The next images replace corrupt images, so that epochs have one length.
             examples = self.train.decoded(records, example).repeat()
             return examples.take(per_epoch // context.num_input_pipelines)
 
@@ -79,11 +79,11 @@ class ImageNet(Images):
 
 
 def random_crop(encoded, key):
-    """Decodes a window of a JPEG image and distorts it, as Inception is trained.
+    """Decodes a window of a JPEG image and distorts it as in Inception's training.
 
-    The window is flipped at random and changed in brightness, saturation, hue and
-    contrast. (https://github.com/tensorflow/models, research/slim/preprocessing,
-    inception_preprocessing.py has all ranges.)
+    The function flips the window at random, and changes its brightness, saturation, hue
+    and contrast. The ranges are those of https://github.com/tensorflow/models,
+    research/slim/preprocessing/inception_preprocessing.py.
 
     Returns:
         `float32` image `(224, 224, 3)` from 0 to 1.
@@ -99,7 +99,7 @@ def random_crop(encoded, key):
 
 
 def random_window(encoded, key):
-    """Decodes a window of 5 to 100 % of the area, its sides 3/4 to 4/3 of each other.
+    """Decodes a window of 5 to 100 % of the area, with a ratio of 3/4 to 4/3.
 
     Returns:
         `float32` image `(224, 224, 3)` from 0 to 255.

@@ -1,11 +1,11 @@
 """Images, and the pipelines that feed them to a network.
 
-An image of training is a function of the seed and of how many came before it, and of
-nothing else. What is shuffled is small: numbers of images for a set that is held in
-memory, encoded images for one that is read from its files.
+A training image depends on the seed and on the number of images before it, and on
+nothing else. The shuffled elements are small: the positions of images in memory, or
+encoded images in files.
 
-A step has the same images however many workers and replicas share them. Each of W
-workers makes every W-th one, and all make the same number of batches.
+The images of a step do not depend on the number of workers and replicas. Each of W
+workers makes every W-th image, and all workers make the same number of batches.
 """
 
 import dataclasses
@@ -21,29 +21,31 @@ class Images:
     """A data set of images: pipelines for training and test, and how to normalize.
 
     Attributes:
-        image_shape: `(height, width, channels)`.
+        image_shape: tuple, `(height, width, channels)`.
         class_names: list of strings, in the order of the labels.
-        num_train_images, num_test_images: integers, corrupt ones included; the length
-            of an epoch depends on the former.
-        mean, scale: what is subtracted from an image, and what it is then divided by.
-        records: the `prepared.Records` of the splits, where there are any.
+        num_train_images, num_test_images: ints, the numbers of images, including
+            corrupt images. The length of an epoch depends on `num_train_images`.
+        mean: `float32` array of the shape of an image, which `normalize` subtracts.
+        scale: number, by which `normalize` then divides.
+        records: tuple of the `prepared.Records` of the splits. It is empty if the
+            images are not read from files.
     """
 
     records = ()
 
     @property
     def corrupt(self):
-        """Of the corrupt records found so far: file, number in it, and why."""
+        """The corrupt records found so far: file, number and reason of each."""
         return [text for records in self.records for text in records.corrupt]
 
     def normalize(self, images):
         return (tf.cast(images, tf.float32) - self.mean) / self.scale
 
     def steps_per_epoch(self, global_batch_size):
-        """Returns the number of whole batches; a different rest is left out each epoch.
+        """Returns the number of whole batches. Each epoch leaves out other images.
 
         Raises:
-            ValueError: there is not one.
+            ValueError: the images do not fill one batch.
         """
         if global_batch_size > self.num_train_images:
             raise ValueError(
@@ -53,20 +55,21 @@ class Images:
         return self.num_train_images // global_batch_size
 
     def test_steps(self, batch_size):
-        """Returns the number of batches of all test images, the last one filled up."""
+        """Returns the number of batches of all test images."""
         return -(-self.num_test_images // batch_size)
 
     def training_batches(self, recipe, first_step=0, context=ALONE):
         """Returns the endless batches of training, `(float32 images, labels)`.
 
-        Order and augmentation of an epoch depend on the seed and the number of the
-        epoch alone: a run that goes on from `first_step` sees what it would have seen.
+        Order and augmentation of an epoch depend only on the seed and on the number of
+        the epoch. A run that resumes at `first_step` sees the images of a run without
+        interruption.
 
         Args:
             recipe: a `Recipe`, with its global batch size.
-            first_step: number of steps that are left out.
-            context: `tf.distribute.InputContext`; the batches are those of one of its
-                pipelines, each for one replica.
+            first_step: int, the number of steps to leave out.
+            context: `tf.distribute.InputContext`. The function returns the batches of
+                its pipeline. Each batch is for one replica.
         """
         raise NotImplementedError
 
@@ -74,8 +77,10 @@ class Images:
         """Returns all test images in their order, `(images, labels, weights)`.
 
         Args:
-            batch_size: of all replicas; blank images of weight 0 fill up the last one.
-            normalize: whether for the network, or as `uint8` for the serving model.
+            batch_size: int, the batch size of all replicas together. Blank images of
+                weight 0 fill the last batch.
+            normalize: bool, whether to normalize the images for the network. Otherwise
+                they are `uint8`, as the serving model takes them.
             context: as for `training_batches`.
         """
         raise NotImplementedError
@@ -83,9 +88,9 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class ImagesInMemory(Images):
-    """A data set in memory: `uint8` images `(n, height, width, channels)`, labels.
+    """A data set in memory: `uint8` images `(n, height, width, channels)`, and labels.
 
-    The mean is that of each pixel over the training images, or over all images.
+    The mean is the mean of each pixel over the training images, or over all images.
     """
 
     train_images: np.ndarray
@@ -95,7 +100,7 @@ class ImagesInMemory(Images):
     class_names: list[str]
     test_in_mean: bool = False
     records: tuple = ()
-    scale = 255  # after the mean is subtracted: the authors' order
+    scale = 255  # The authors divide after they subtract the mean, too.
 
     @property
     def image_shape(self):
@@ -112,12 +117,12 @@ class ImagesInMemory(Images):
     @functools.cached_property
     def mean(self):
         sets = [self.train_images, self.test_images][: 1 + self.test_in_mean]
-        # Of integers, and so exact.
+        # The sum is exact: the values are integers.
         total = sum(images.sum(axis=0, dtype=np.int64) for images in sets)
         return (total / sum(map(len, sets))).astype(np.float32)
 
     def training_batches(self, recipe, first_step=0, context=ALONE):
-        # On the host, also where there is a GPU: the pipeline runs there.
+        # The pipeline runs on the host, also on a machine with a GPU.
         with tf.device("CPU:0"):
             pixels = tf.constant(self.train_images)
             labels = tf.constant(self.train_labels)
@@ -128,7 +133,7 @@ class ImagesInMemory(Images):
         def example(position):
             epoch, index = position // per_epoch, position % per_epoch
             key = tf.stack([tf.constant(recipe.seed, tf.int64), epoch])
-            # A permutation that need not be held, nor be filled before the first image.
+            # A permutation of all positions would need memory, and time at the start.
             i = tf.random.experimental.index_shuffle(index, key, size - 1)
             image = self.normalize(pixels[i])
             return augment(image, tf.random.fold_in(key, index), recipe.task), labels[i]
@@ -151,15 +156,15 @@ class ImagesInMemory(Images):
 
 
 def full_batches(examples, steps, batch_size, context):
-    """Returns the batches of `(image, label, weight)`, the last one filled with blanks.
+    """Returns the batches of `(image, label, weight)`. Blanks fill the last batch.
 
-    A rest that is smaller than the batch would leave nothing to some replicas, and a
+    Without the blanks, some replicas would get no image from a smaller last batch. A
     convolution of no image has had outputs of a wrong shape (TensorFlow 2.21, CPU).
 
     Args:
-        examples: data set of images and labels, those of one pipeline of `context`.
-        steps: number of batches.
-        batch_size: of all replicas.
+        examples: data set of the images and labels of one pipeline of `context`.
+        steps: int, the number of batches.
+        batch_size: int, the batch size of all replicas together.
         context: `tf.distribute.InputContext`.
     """
     blank = tf.nest.map_structure(
@@ -174,7 +179,7 @@ def full_batches(examples, steps, batch_size, context):
 
 
 def augment(image, key, task):
-    """Zero-pads, crops at random to the former size, and flips at random."""
+    """Pads with zeros, crops at random to the size before, and flips at random."""
     crop_key, flip_key = tf.unstack(tf.random.split(key))
     if task.pad:
         pad = [task.pad, task.pad]
@@ -183,3 +188,43 @@ def augment(image, key, task):
     if task.flip:
         image = tf.image.stateless_random_flip_left_right(image, flip_key)
     return image
+
+
+def decode_picture(file, channels, size=None):
+    """Decodes a JPEG, PNG, GIF, BMP or WebP file; of an animation the first picture.
+
+    Args:
+        file: scalar string tensor, the content of the file.
+        channels: int, 3 for color or 1 for gray, to which every picture is converted.
+        size: int, as for `resized`, or `None` for the size of the picture.
+
+    Returns:
+        `uint8` image `(height, width, channels)`.
+    """
+    image = tf.io.decode_image(file, channels, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, channels))
+    return image if size is None else resized(image, size)
+
+
+def resized(image, size):
+    """Returns the whole of a `uint8` image, resized to `(size, size)`."""
+    # Without `antialias` a large picture is sampled at few points.
+    image = tf.image.resize(image, (size, size), antialias=True)
+    return tf.cast(tf.round(image), tf.uint8)
+
+
+def held_out(labels):
+    """Returns a boolean array that selects a fifth of each class for the test.
+
+    The choice depends on the labels alone, not on the seed of a recipe. A class of one
+    example has no example for the test.
+
+    Args:
+        labels: integer array `(n,)`.
+    """
+    rng = np.random.default_rng(0)
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        found = rng.permutation(np.flatnonzero(labels == label))
+        mask[found[: -(-len(found) // 5)] if len(found) > 1 else []] = True
+    return mask

@@ -33,8 +33,8 @@ def read_table(path):
 def read_own_table(path, columns):
     """Returns the rows of a table of the run, with the types of their values.
 
-    A run does not depend on its tables. The function renames a table that is not as
-    `write_table` wrote it, such as one that a spreadsheet has changed, and says so.
+    A run does not depend on its tables. If another program has changed a table, the
+    function renames it and prints the new name.
 
     Args:
         path: path of the file; it need not exist.

@@ -15,8 +15,8 @@ def check_encoding(path):
 def check_literal(path):
     """Raises `ValueError` if TensorFlow takes a path for a pattern.
 
-    TensorFlow takes the name of a checkpoint or SavedModel that it reads for a pattern
-    of file names: the name either does not match itself, or matches another file, too.
+    TensorFlow reads the name of a checkpoint or SavedModel as a pattern of file names.
+    The name then does not match itself, or matches another file, too.
     """
     check_encoding(path)
     if found := sorted(set(str(path)) & set("*?[\\")):

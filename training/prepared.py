@@ -1,4 +1,7 @@
-"""Data sets that TFDS has prepared: their folders, and their single records."""
+"""Data sets that TFDS has prepared: their folders and their records.
+
+The handwritten digits do not need TFDS, so only functions import it.
+"""
 
 import os
 import stat
@@ -14,23 +17,30 @@ from training import paths
 FILES_AT_ONCE = 16
 
 
+def names():
+    """Returns the names of all data sets that TFDS can prepare."""
+    import tensorflow_datasets as tfds
+
+    return tfds.list_builders(with_community_datasets=False)
+
+
 def builder(name, data_dir=None, download=True):
-    """Returns the TFDS builder of a prepared data set.
+    """Returns the TFDS builder of a prepared data set of images, each with its class.
 
     Args:
-        name: string, the name of the data set.
+        name: string, the name of the data set, or `NAME/CONFIGURATION`.
         data_dir: path of a folder of TFDS data sets. Defaults to `TFDS_DATA_DIR`, then
             to the default folder of TFDS.
         download: bool, whether to download and prepare a missing data set.
 
     Raises:
-        ValueError: the path is not UTF-8.
-        FileNotFoundError: the data set is missing, and is not to be downloaded, or has
-            to be prepared by hand, or lies in another place or version.
+        ValueError: the path is not UTF-8, or the data set has other features or no such
+            configuration.
+        FileNotFoundError: the data set is missing and `download` is false, or it must
+            be prepared by hand, or it lies in another place or version.
         ConnectionError: the data set is missing and cannot be downloaded.
         OSError: the description of the data set is damaged.
     """
-    # The handwritten digits do not need this package.
     import tensorflow_datasets as tfds
 
     if data_dir is not None and not Path(data_dir).is_dir():
@@ -41,10 +51,18 @@ def builder(name, data_dir=None, download=True):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     if data_dir:
         paths.check_encoding(data_dir)
+    name, _, config = name.partition("/")
     cls = tfds.builder_cls(name)
+    if config and config not in cls.builder_configs:
+        raise ValueError(
+            f"dataset={name}/{config}: expected one of the configurations "
+            f"{', '.join(cls.builder_configs) or '(none)'}; use one of them, or give a "
+            f"folder as ./{name}/{config}."
+        )
+    options = {"data_dir": data_dir, "config": config or None}
     for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS):
         try:
-            found = cls(data_dir=data_dir, version=version)
+            found = cls(version=version, **options)
         except (ValueError, AssertionError, json_format.ParseError) as error:
             raise OSError(
                 f"the dataset_info.json of {name}/{version} in data_dir="
@@ -52,23 +70,42 @@ def builder(name, data_dir=None, download=True):
                 "copy or prepare the data set again."
             ) from error
         if (Path(found.data_dir) / "dataset_info.json").is_file():
+            _check_features(found)
             return found
-    wanted = cls(data_dir=data_dir)
+    wanted = cls(**options)
+    _check_features(wanted)
     _download(wanted, download)
     return wanted
 
 
-class Records:
-    """The records of one split, in the files in which TFDS has written them.
+def _check_features(builder):
+    """Raises `ValueError` unless the examples are images, each with its class."""
+    import tensorflow_datasets as tfds
 
-    A corrupt record is one of a damaged file, or one whose image cannot be decoded. It
-    ends the reading with an error that names it, or is left out and counted.
+    features = builder.info.features
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    if not isinstance(features, tfds.features.FeaturesDict) or any(
+        not isinstance(features.get(name), kind) for name, kind in kinds.items()
+    ):
+        found = ", ".join(features or ()) or "none"
+        raise ValueError(
+            f"dataset={builder.name}: expected images with the features image (Image) "
+            f"and label (ClassLabel), found {found}; use a data set for image "
+            "classification."
+        )
+
+
+class Records:
+    """The records of one split, in the files that TFDS has written.
+
+    A record is corrupt if its file is damaged there, or if its image cannot be decoded.
+    It ends the reading with an error that names it, or is left out and counted.
 
     Args:
         builder: TFDS builder of a prepared data set.
         split: string, the name of the split.
         skip_corrupt: bool, whether to leave out corrupt records.
-        decoders: decoders of TFDS, for features that are not to be decoded.
+        decoders: dictionary of TFDS decoders, for the features to leave encoded.
 
     Raises:
         OSError: the data set has no such split, or a file of it cannot be read.
@@ -95,7 +132,7 @@ class Records:
         self._decoders = decoders
 
     def __len__(self):
-        """Number of records, corrupt ones included."""
+        """The number of records, including corrupt records."""
         return sum(self.lengths)
 
     def encoded(self, shuffle_buffer=0, seed=None):
@@ -111,11 +148,11 @@ class Records:
 
         def read(file, path_and_length):
             path, length = path_and_length
-            # A blank stands for each record that a damaged file does not yield. Every
-            # record has its number, and the split its size.
+            # A blank replaces each record that a damaged file does not yield. The other
+            # records keep their numbers, and the split its size.
             blank = tf.data.Dataset.from_tensors(b"").repeat()
-            # `ignore_errors` alone would try for ever to open a file that is missing.
-            # The range ends the attempts.
+            # `ignore_errors` alone would try forever to open a missing file. The range
+            # ends the attempts.
             attempts = tf.data.Dataset.range(length)
             found = tf.data.Dataset.zip(attempts, tf.data.TFRecordDataset(path))
             found = found.ignore_errors().map(lambda _, encoded: encoded)
@@ -123,7 +160,7 @@ class Records:
             return records.map(lambda record, encoded: (file, record, encoded))
 
         def shuffled(seed):
-            # The seed of the graph of this function, in place of the global one.
+            # The seed of this function's graph replaces the global seed.
             tf.compat.v1.set_random_seed(1)
             return (
                 files.shuffle(len(self.paths), seed, reshuffle_each_iteration=False)
@@ -263,8 +300,8 @@ def _problem(path, length):
 
 
 def _download(builder, download):
-    folder = Path(builder.data_dir).resolve()
-    data_dir, wanted = folder.parents[1], f"{builder.name}/{builder.version}"
+    folder, wanted = Path(builder.data_dir).resolve(), builder.info.full_name
+    data_dir = folder.parents[wanted.count("/")]
     found = _misplaced(builder.name, data_dir)
     if found:
         raise FileNotFoundError(
@@ -285,8 +322,11 @@ def _download(builder, download):
             f"(`tfds build {builder.name} --data_dir={data_dir}`), or give the "
             "--data-dir in which it lies."
         )
-    ((url, info),) = builder.url_infos.items()
-    print(f"Downloading {wanted}, {info.size}, from {url} to {data_dir}", flush=True)
+    # Some data sets have several files, and some have no list of them.
+    files = builder.url_infos or {}
+    url, info = next(iter(files.items()), (builder.info.homepage, None))
+    size = f", {info.size}" if len(files) == 1 else ""
+    print(f"Downloading {wanted}{size}, from {url} to {data_dir}", flush=True)
     problem = _unreachable(url)
     if problem:
         raise ConnectionError(
@@ -294,7 +334,15 @@ def _download(builder, download):
             f"command where there is a network, copy {wanted} from its data folder "
             f"to {folder}, or give the --data-dir in which it lies."
         )
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # Data sets raise errors of many types.
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"{wanted} cannot be downloaded and prepared ({type(error).__name__}: "
+            f"{reason}); prepare it with TFDS (`tfds build {builder.name}`), or give "
+            "another data set."
+        ) from error
 
 
 def _misplaced(name, data_dir):

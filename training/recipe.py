@@ -4,12 +4,12 @@ Each is a dataclass that owns its fields, and every field is a flag of `training
 A new network, task, optimizer or schedule is a new dataclass in `PARTS`, whose `build`
 makes the Keras object.
 
-Only these methods load TensorFlow, so that the command line answers before.
+Only these methods load TensorFlow, so that the command line answers without it.
 """
 
 import dataclasses
 import typing
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from training.settings import (
     COUNT,
@@ -33,14 +33,16 @@ class ResNet(Settings):
         {"above": 0, "below": 2**14},
     )
     bottleneck: bool = setting(
-        "use branches of 1x1, 3x3, 1x1 convolutions, not of two 3x3 ones."
+        "use branches of 1x1, 3x3 and 1x1 convolutions, not of two 3x3 convolutions."
     )
 
     def __post_init__(self):
         super().__post_init__()
         stages = len(self.num_blocks)
         self.require("num_blocks", stages, "give the blocks of each stage")
-        change = f"give the stem's channels, then those of each of the {stages} stages"
+        change = (
+            f"give the stem's channels, then one number for each of {stages} stages"
+        )
         self.require("channels", len(self.channels) == stages + 1, change)
 
     def build(self, task, images, optimizer):
@@ -62,7 +64,7 @@ class RevNet(ResNet):
     """The paper's reversible network, `revnet_tf.models.RevNet`."""
 
     recompute: bool = setting(
-        "reconstruct activations in the backward pass, not store them.", default=True
+        "reconstruct activations in the backward pass, do not store them.", default=True
     )
     fraction_bits: int | None = setting(
         "use fixed-point streams with this number of fraction bits, which are "
@@ -76,15 +78,23 @@ class RevNet(ResNet):
 class Classification(Settings):
     """Images of one class each, with cross-entropy."""
 
-    datasets: ClassVar[tuple[str, ...]] = ()
-
-    dataset: str = setting("name of the data set.")
-    classes: int = setting("number of classes of the data set.", COUNT)
+    dataset: str = setting("name of the data set, or path of a folder of pictures.")
+    classes: int | None = setting(
+        "number of classes that the data set must have.", COUNT
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        change = f"use one of {', '.join(self.datasets)}"
-        self.require("dataset", self.dataset in self.datasets, change)
+        change = "give the name of a data set, or the path of a folder of pictures"
+        self.require("dataset", self.dataset, change)
+        task = DATASET.of(self.dataset)
+        self.require("dataset", task is type(self), f"it belongs to {task.__name__}")
+
+    def decoder(self, image_shape):
+        """Returns the function from a file to an image, for servers."""
+        from revnet_tf.export import decode_image
+
+        return decode_image(image_shape)
 
     def loss(self):
         import keras
@@ -105,10 +115,14 @@ class Classification(Settings):
 class SmallImageClassification(Classification):
     """Images in memory, less their mean image, augmented by crops and flips."""
 
-    datasets = ("digits", "cifar10", "cifar100")
-
+    image_size: int | None = setting(
+        "height and width to which every image is resized; without the flag, images "
+        "keep their size, which must be the same for all.",
+        {"above": 0, "below": 2**12},
+        default=None,
+    )
     pad: int = setting(
-        "pixels of zeros on each side of an image, of which a random crop is taken.",
+        "pixels of zeros on each side of an image, before a random crop.",
         {"at least": 0, "below": 33},
         default=0,
     )
@@ -119,12 +133,23 @@ class SmallImageClassification(Classification):
         default=False,
     )
 
+    def decoder(self, image_shape):
+        if self.image_size is None:
+            return super().decoder(image_shape)
+        from training.images import decode_picture
+
+        height, _, channels = image_shape
+        return lambda file: decode_picture(file, channels, height)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageNetClassification(Classification):
     """Photographs in files, cropped, mirrored and distorted as for Inception."""
 
-    datasets = ("imagenet2012",)
+    def decoder(self, image_shape):
+        from training.imagenet import centre_crop
+
+        return centre_crop
 
 
 class Optimizer(Settings):
@@ -167,7 +192,7 @@ class Schedule(Settings):
     """The learning rate as a function of the step."""
 
     learning_rate: float = setting(
-        "learning rate of the first step; with a warm-up, the highest one.", POSITIVE
+        "learning rate of the first step; with a warm-up, the highest rate.", POSITIVE
     )
 
     def check_steps(self, train_steps: int) -> None:
@@ -180,10 +205,10 @@ class Schedule(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Piecewise(Schedule):
-    """A tenth of the learning rate from each of the decay steps on."""
+    """A learning rate that falls to a tenth at each of the decay steps."""
 
     decay_steps: tuple[int, ...] = setting(
-        "steps from which on a piecewise learning rate is a tenth of its last value.",
+        "steps at which a piecewise learning rate falls to a tenth of its value.",
         COUNT,
         default=(),
     )
@@ -210,7 +235,7 @@ class Piecewise(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-    """Up from 0 in the warm-up, then down to 0 at the end along half a cosine."""
+    """A learning rate that rises in the warm-up, then falls along half a cosine."""
 
     warmup_steps: int = setting(
         "steps in which a cosine schedule rises.",
@@ -242,41 +267,60 @@ PARTS = {
 
 
 class Choice(NamedTuple):
-    """A flag that chooses the class of a part; fields of one name keep their values.
+    """A flag that chooses the class of a part.
+
+    Fields that both classes have keep their values.
 
     Attributes:
         flag: string, the name of the flag.
         help: string, its help text.
         classes: dictionary, the class of each value of the flag.
+        other: the class of every other value, or `None` if there is no other.
     """
 
     flag: str
     help: str
     classes: dict[Any, type[Settings]]
+    other: type[Settings] | None = None
+
+    @property
+    def kind(self) -> type:
+        """The type of the values."""
+        return type(next(iter(self.classes)))
+
+    @property
+    def options(self) -> tuple:
+        """All possible values; empty if every value is possible."""
+        return () if self.other else tuple(self.classes)
 
     def of(self, value: Any) -> type[Settings]:
         """Returns the class of a value; raises `ValueError` if there is none."""
-        options = tuple(self.classes)
-        check(self.flag, value, type(options[0]), {"options": options})
-        return self.classes[value]
+        check(self.flag, value, self.kind, {"options": self.options})
+        return self.classes.get(value, self.other)
+
+    def decides(self, cls: type[Settings]) -> bool:
+        """Returns whether the flag chooses between a class and others."""
+        return cls in (*self.classes.values(), self.other)
 
 
+DATASET = Choice(
+    "dataset",
+    "digits (part of scikit-learn), an image classification data set of TFDS such as "
+    "cifar10 or imagenet2012, or a folder with a folder of pictures for each class.",
+    {"imagenet2012": ImageNetClassification},
+    other=SmallImageClassification,
+)
 CHOICES = (
     Choice(
         "reversible",
         "use a RevNet, or its matched ResNet.",
         {True: RevNet, False: ResNet},
     ),
-    Choice(
-        "dataset",
-        "digits (part of scikit-learn), or, from TFDS, cifar10, cifar100 or "
-        "imagenet2012.",
-        {name: task for task in PARTS["task"] for name in task.datasets},
-    ),
+    DATASET,
     Choice(
         "schedule",
-        "piecewise (a tenth of the learning rate from each of the decay steps on) or "
-        "cosine (up from 0 in the warm-up, then down to 0 at the end).",
+        "piecewise (falls to a tenth at each of the decay steps) or cosine (rises from "
+        "0 in the warm-up, and falls to 0 at the end).",
         {"piecewise": Piecewise, "cosine": Cosine},
     ),
 )
@@ -309,8 +353,8 @@ class Recipe(Settings):
         default=None,
     )
     deterministic: bool = setting(
-        "make two runs equal bit for bit; with fixed-point streams, also one that "
-        "reconstructs activations and one that stores them.",
+        "make two runs equal bit for bit; with fixed-point streams, also a run that "
+        "reconstructs activations and a run that stores them.",
         default=False,
     )
 
@@ -344,7 +388,7 @@ class Recipe(Settings):
         for name, part in self.parts().items():
             cls, values = type(part), vars(part) | changes
             for choice in CHOICES:
-                if choice.flag in changes and cls in choice.classes.values():
+                if choice.flag in changes and choice.decides(cls):
                     cls = choice.of(own.pop(choice.flag))
             fields = [f.name for f in cls.settings() if f.name in values]
             parts[name] = cls(**{field: values[field] for field in fields})
@@ -379,12 +423,12 @@ class Recipe(Settings):
 
 def _with_parts(content):
     """Returns today's form of a `recipe.json` from before recipes had parts."""
-    # Every field was in one object, also those that another choice needs.
+    # One object held every field, including the fields of other choices.
     content = {"schedule": "piecewise"} | content
     parts = {}
     for name, (cls, *_) in PARTS.items():
         for choice in CHOICES:
-            if cls in choice.classes.values():
+            if choice.decides(cls):
                 if choice.flag not in content:
                     raise ValueError(f"the field {choice.flag!r} is missing")
                 cls = choice.of(content[choice.flag])
@@ -399,8 +443,7 @@ def flags() -> dict[str, tuple[Any, str, tuple]]:
     """Returns the flags of all recipes: type, help text and possible values by name."""
     found = {}
     for choice in CHOICES:
-        options = tuple(choice.classes)
-        found[choice.flag] = (type(options[0]), choice.help, options)
+        found[choice.flag] = (choice.kind, choice.help, choice.options)
     for cls in (*(cls for classes in PARTS.values() for cls in classes), Recipe):
         kinds = typing.get_type_hints(cls)
         for field in cls.settings():

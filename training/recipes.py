@@ -1,4 +1,4 @@
-"""The named recipes: one for each reproduced result."""
+"""The named recipes: the paper's results, short runs, and pictures of one's own."""
 
 from training.recipe import (
     SGD,
@@ -12,8 +12,8 @@ from training.recipe import (
 )
 
 # The paper's networks, as in `revnet_tf.models.VARIANTS`, which a test compares. Above
-# each, the paper's test error in percent on CIFAR-10 and on CIFAR-100, and that of an
-# independent rerun.
+# each, the paper's test error in percent on CIFAR-10 and on CIFAR-100, and the test
+# error of an independent rerun.
 CIFAR_NETWORKS = {
     # 7.14, 29.95; rerun 7.26, 30.90
     "resnet32": ResNet((5, 5, 5), (16, 16, 32, 64), False),
@@ -29,7 +29,7 @@ CIFAR_NETWORKS = {
     "revnet164": RevNet((9, 9, 9), (32, 32, 64, 128), True),
 }
 
-# As above, with the paper's top-1 error in percent of a single crop, where it has one.
+# Above each, the paper's top-1 error of a single crop in percent, if the paper has it.
 IMAGENET_NETWORKS = {
     "resnet50": ResNet((3, 4, 6, 3), (64, 64, 128, 256, 512), True),
     "revnet56": RevNet((2, 2, 3, 2), (128, 128, 256, 512, 832), True),
@@ -43,10 +43,10 @@ IMAGENET_NETWORKS = {
 def _cifar(classes, network):
     """The recipe of a network on CIFAR-10 or CIFAR-100.
 
-    Gomez et al., 2017, https://arxiv.org/abs/1707.04585; the numbers are those of the
+    Gomez et al., 2017, https://arxiv.org/abs/1707.04585. The values are from the
     authors' published configuration, https://github.com/renmengye/revnet-public,
-    resnet/configs/cifar_configs.py. A step of RevNet-38 takes 0.55 s on two cores of an
-    AMD EPYC, the whole run 12 hours; one of ResNet-32 0.33 s.
+    resnet/configs/cifar_configs.py. On two cores of an AMD EPYC, a step of RevNet-38
+    takes 0.55 s, the whole run 12 hours. A step of ResNet-32 takes 0.33 s.
     """
     return Recipe(
         CIFAR_NETWORKS[network],
@@ -99,6 +99,17 @@ RECIPES = {
         Piecewise(learning_rate=0.1, decay_steps=(560, 784)),
         global_batch_size=50,
         train_steps=896,  # 32 epochs of 28 steps
+    ),
+    # No row of the paper: pictures of one's own, in a folder.
+    "pictures_revnet": Recipe(
+        RevNet((2, 2, 2), (32, 32, 64, 128), False),
+        SmallImageClassification(
+            "pictures", classes=None, image_size=64, pad=4, flip=True
+        ),
+        SGD(weight_decay=2e-4, momentum=0.9),
+        Cosine(learning_rate=0.05, warmup_steps=100),
+        global_batch_size=32,
+        train_steps=1_000,
     ),
     **{
         f"cifar{classes}_{network}": _cifar(classes, network)

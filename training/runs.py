@@ -24,7 +24,7 @@ _PACKAGES = ("tensorflow", "keras", "numpy")
 
 
 def describe(name, recipe):
-    """Returns what `recipe.json` says of a run: name, every field, versions."""
+    """Returns the content of `recipe.json`: the name, every field, and versions."""
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {
         "recipe": name,
@@ -37,7 +37,7 @@ def recipe_of(run_dir):
     """Returns the `Recipe` of a run.
 
     Raises:
-        ValueError: `recipe.json` does not describe one.
+        ValueError: `recipe.json` does not describe a recipe.
     """
     return _recipe_file(run_dir)[1]
 
@@ -65,7 +65,7 @@ def _described(description):
 
 
 def check_free(run_dir, description):
-    """Raises an error unless this run may begin or go on in `run_dir`."""
+    """Raises an error unless this run may begin or resume in `run_dir`."""
     paths.check_literal(run_dir)
     existing = next(
         p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists()
@@ -133,7 +133,7 @@ def locked(run_dir):
 
 
 def check_checkpoints(run_dir, train_steps):
-    """Raises `FileExistsError` if a checkpoint in `run_dir` is not one of its run.
+    """Raises `FileExistsError` if a checkpoint in `run_dir` belongs to another run.
 
     A run of an older version has no identifier, and its checkpoints have no record.
     Such a checkpoint is accepted in such a run only.
@@ -156,7 +156,7 @@ def check_checkpoints(run_dir, train_steps):
 
 
 def identifier(run_dir):
-    """Returns the string that names a run, or `None` for one of an older version."""
+    """Returns the string that names a run, or `None` for a run of an older version."""
     return read_json(run_dir / "recipe.json").get("run")
 
 
@@ -164,7 +164,7 @@ def finished(run_dir):
     """Returns `result.json` of the finished run in `run_dir`.
 
     Raises:
-        OSError: the run is not finished, or a file of it is missing or damaged.
+        OSError: the run is not finished, or one of its files is missing or damaged.
     """
     paths.check_encoding(run_dir)
     if (run_dir / "result.json").is_file():
@@ -205,7 +205,7 @@ def checkpoints(folder):
 
 
 def record(checkpoint):
-    """Returns the record of a checkpoint; one of an older version has none."""
+    """Returns the record of a checkpoint. It is empty for one of an older version."""
     path = checkpoint / RECORD
     return read_json(path) if path.exists() else {}
 

@@ -20,8 +20,8 @@ def setting(help: str, limits: dict | None = None, **default: Any) -> Any:
     Args:
         help: string, the help text.
         limits: dictionary, as for `check`.
-        **default: `default`, the default value. A field without one is required. Add a
-            field to an existing class with a default, for older runs to resume.
+        **default: `default`, the default value. A field without a default is required.
+            A new field of an existing class needs a default, for older runs to resume.
     """
     return dataclasses.field(metadata={"help": help, "limits": limits or {}}, **default)
 
@@ -35,8 +35,8 @@ def check(name: str, value: Any, kind: Any, limits: dict) -> None:
         kind: type, one of `int`, `float`, `bool`, `str`, `tuple[kind, ...]` and
             `kind | None`.
         limits: dictionary of bounds, at the keys `"above"`, `"at least"` and `"below"`,
-            or of all possible values, at the key `"options"`. They are for each element
-            of a tuple.
+            or of all possible values, at the key `"options"`. In a tuple, they hold for
+            each element.
     """
     if isinstance(kind, types.UnionType):
         kind, _ = typing.get_args(kind)
@@ -85,14 +85,14 @@ class Settings:
 
     @classmethod
     def settings(cls) -> list[dataclasses.Field]:
-        """Returns the fields that `setting` has made: all but the parts of a recipe."""
+        """Returns the fields made by `setting`, so without the parts of a recipe."""
         return [field for field in dataclasses.fields(cls) if field.metadata]
 
     @classmethod
     def from_json(cls, content: dict) -> "Settings":
         """Returns the instance whose fields a JSON object has.
 
-        A field that is not there has its default: the object may be older than it.
+        A missing field has its default: the object may be older than the field.
 
         Raises:
             ValueError: a field is unknown, has an impossible value, or is missing and

@@ -1,4 +1,4 @@
-"""Interrupts, which end a program with one line and status 130."""
+"""Interrupts. They end a program with one line and status 130."""
 
 import contextlib
 import os
@@ -9,20 +9,21 @@ STATUS = 128 + signal.SIGINT
 
 
 def run(prog, main):
-    """Runs a program, which an interrupt ends at once.
+    """Runs a program. An interrupt ends it at once.
 
-    While TensorFlow loads, a `KeyboardInterrupt` can surface as any other error.
+    While TensorFlow loads, a `KeyboardInterrupt` can turn into any other error.
 
     Args:
         prog: string, the name of the program.
         main: function, the program.
     """
     has_ended = False
+    stderr = os.dup(2)  # `command.load_tensorflow` redirects the original.
 
     def end(*_):
         if not has_ended:
             # `print` is not safe in a signal handler.
-            os.write(2, f"{prog}: error: interrupted\n".encode())
+            os.write(stderr, f"{prog}: error: interrupted\n".encode())
         os._exit(STATUS)
 
     _handle(end)
@@ -51,9 +52,10 @@ def raised_interrupt():
 
 
 def _handle(handler):
-    """Sets the handler of interrupts unless they are ignored; returns the one before.
+    """Sets the handler of interrupts, and returns the handler before.
 
-    A shell has its background jobs ignore interrupts.
+    The function leaves ignored interrupts ignored. A shell has its background jobs
+    ignore them.
     """
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:

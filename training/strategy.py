@@ -1,8 +1,8 @@
 """The `tf.distribute` strategy of a run, and additions that Keras needs for it.
 
 Several workers are several processes, on one machine or more. Each runs the same
-program and reads the environment variable `TF_CONFIG`. The first worker, or the one of
-type `chief`, writes the run folder.
+program and reads the environment variable `TF_CONFIG`. The worker of type `chief`, or
+else the first worker, writes the run folder.
 """
 
 import functools
@@ -16,7 +16,7 @@ STRATEGIES = ("auto", "single", "mirrored", "multiworker")
 
 
 def get_strategy(name):
-    """Returns a strategy. With several workers, call it before any other of TensorFlow.
+    """Returns a strategy. With several workers, call it before TensorFlow starts.
 
     Args:
         name: string, one of
@@ -74,8 +74,9 @@ def averaging(model, strategy):
     """Returns the function that gives all replicas the mean of their statistics.
 
     In Keras 3.15 each replica updates the moving statistics of a BatchNorm by its own
-    images. Keras tests and saves a model with those of one replica. The statistics are
-    linear in the images, so their mean does not depend on the number of averagings.
+    images. Keras tests and saves a model with the statistics of one replica. The
+    statistics are linear in the images, so their mean does not depend on the number of
+    averagings.
     """
     variables = [
         variable
@@ -111,7 +112,7 @@ class _MultiWorkerModel(keras.Model):
 
     Keras 3.15 averages the logs of a step over an axis that they do not have
     (https://github.com/keras-team/keras/issues/20585). This model returns the logs of
-    one replica for a step. Keras reads those of an epoch from the metrics of all.
+    one replica for a step. Keras reads the logs of an epoch from the metrics of all.
     """
 
     def make_train_function(self, force=False):

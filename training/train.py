@@ -1,6 +1,6 @@
 """Trains a recipe: `python -m training.train [--recipe NAME] [--FIELD VALUE ...]`.
 
-The same command on the folder of an unfinished run goes on from its last checkpoint.
+The same command on the folder of an unfinished run resumes it at its last checkpoint.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from training import runs, signals
 from training.cluster import cluster_of, wait_for_workers
-from training.command import Parser, io_errors, one_of, path
+from training.command import Parser, io_errors, load_tensorflow, one_of, path
 from training.recipe import CHOICES
 from training.recipe import flags as recipe_flags
 from training.recipes import RECIPES
@@ -32,7 +32,7 @@ def main(argv=None):
 
 
 def train(parser, name, recipe, args, stack):
-    """Trains a recipe, or ends the program with one line that says why not."""
+    """Trains a recipe, or ends the program with one line that names the reason."""
     run_dir = args.run_dir or Path("runs", name)
     description = runs.describe(name, recipe)
 
@@ -50,6 +50,7 @@ def train(parser, name, recipe, args, stack):
         if cluster.is_chief and not is_new:
             hold()
         # TensorFlow takes seconds to load. The checks above do not wait for it.
+        load_tensorflow()
         import keras
         import tensorflow as tf
 
@@ -66,8 +67,8 @@ def train(parser, name, recipe, args, stack):
             tf.config.experimental.enable_op_determinism()
             # The graph optimizer of TensorFlow orders sums by the rest of the graph.
             # The gradients of reconstructed and of stored activations would differ in
-            # their last bits. To disable `arithmetic_optimization` alone does not
-            # suffice in large steps: RevNet-38, 100 images.
+            # their last bits. For RevNet-38 with 100 images, it does not suffice to
+            # disable `arithmetic_optimization` alone.
             options = {"disable_meta_optimizer": True}
             tf.config.optimizer.set_experimental_options(options)
         images = data.load(
@@ -125,7 +126,7 @@ def train(parser, name, recipe, args, stack):
                 serving = fit.serving_model(network, images)
                 with replacing(run_dir / "model.keras") as part:
                     serving.save(part)
-                finish(run_dir, name, recipe, network, images, rows)
+                finish(run_dir, name, recipe, network, images, rows, strategy)
             # The others wait, or the chief would report a worker that died.
             strategies.on_any_worker(strategy, False)
     except FloatingPointError as error:
@@ -161,7 +162,7 @@ def check_replicas(recipe, replicas):
         )
 
 
-def finish(run_dir, name, recipe, network, images, rows):
+def finish(run_dir, name, recipe, network, images, rows, strategy):
     """Draws the curves of a trained run, scores its saved model and exports it."""
     from training import evaluate, export, fit, outputs
 
@@ -191,6 +192,9 @@ training       {result["train_seconds"]:.0f} s, {recipe.train_steps:,} steps
 model          {run_dir / "model.keras"}
 SavedModel     {run_dir / "export" / "1"}
 curves         {run_dir / "curves.png"}""")
+    if hasattr(recipe.network, "recompute"):
+        for way, size in fit.activation_bytes(recipe, images, strategy).items():
+            print(f"activations    {size / 1e6:.2f} MB a step if {way}, by estimate")
 
 
 def parse(argv):
@@ -215,7 +219,8 @@ def parse(argv):
         "--data-dir",
         type=path,
         default=None,
-        help="folder of TFDS data sets. Defaults to TFDS_DATA_DIR, then to TFDS's own.",
+        help="folder that holds the data set. Defaults for TFDS to TFDS_DATA_DIR, then "
+        "to TFDS's own; for a folder of pictures to the current folder.",
     )
     parser.add_argument(
         "--skip-corrupt",
@@ -235,7 +240,7 @@ def parse(argv):
         type=int,
         default=None,
         metavar="N",
-        help="steps between checkpoints, in addition to that of each epoch.",
+        help="steps between checkpoints, in addition to a checkpoint after each epoch.",
     )
     parser.add_argument(
         "--monitor",
@@ -344,9 +349,9 @@ def size(text):
 
 
 if __name__ == "__main__":
-    # By default XLA orders operations on a CPU so that many can run at a time, and with
-    # this flag so that they need little memory. The flags of the environment come last
-    # and prevail. A flag is for the whole process, so `main` does not set it.
+    # By default XLA orders operations on a CPU for parallel execution, and with this
+    # flag for memory. The flags of the environment come last and prevail. A flag is for
+    # the whole process, so `main` does not set it.
     order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = f"{order} {os.environ.get('XLA_FLAGS', '')}"
     signals.run("python -m training.train", main)

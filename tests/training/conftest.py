@@ -122,11 +122,11 @@ def start():
     processes = []
 
     def start(*argv, workers=1, **options):
-        """Returns a process a worker.
+        """Returns one process for each worker.
 
         Args:
             *argv: of `training.train`.
-            workers: number of processes, who find each other by `TF_CONFIG`.
+            workers: number of processes, which find each other by `TF_CONFIG`.
             **options: of `program.py`.
         """
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers)]

@@ -15,7 +15,7 @@ def variable():
 
 @pytest.fixture
 def checkpoints(tmp_path, variable):
-    """Those of steps 1, 2 and 3, in which the variable had these values."""
+    """Returns the checkpoints of steps 1, 2 and 3. The variable equals the step."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", variable=variable)
     for step in (1, 2, 3):
         variable.assign(tf.fill([100], float(step)))
@@ -45,14 +45,14 @@ def remove(path):
 DATA, INDEX = "variables.data-00000-of-00001", "variables.index"
 
 
-def test_two_are_kept_and_the_last_is_restored(checkpoints, variable):
+def test_two_checkpoints_are_stored_and_the_last_is_restored(checkpoints, variable):
     names = {path.name for path in checkpoints.folder.iterdir()}
     assert names == {"step-2", "step-3"}
     assert checkpoints.restore() == (3, {"step": 3})
     assert set(variable.numpy()) == {3.0}
 
 
-def test_without_any_nothing_is_restored(tmp_path, variable):
+def test_nothing_is_restored_without_a_checkpoint(tmp_path, variable):
     assert Checkpoints(tmp_path / "none", variable=variable).restore() == (0, {})
 
 
@@ -67,7 +67,7 @@ def no_object(path):
         *itertools.product([truncate, empty, no_object], ["record.json"]),
     ],
 )
-def test_damaged_one_is_passed_over_with_a_line(
+def test_damaged_checkpoint_is_passed_over_with_a_line(
     damage, file, checkpoints, variable, capsys
 ):
     damage(checkpoints.folder / "step-3" / file)
@@ -77,7 +77,7 @@ def test_damaged_one_is_passed_over_with_a_line(
     assert re.fullmatch(r".*step-3 is damaged and passed over: .+\n", err)
 
 
-def test_damaged_one_is_replaced_when_its_step_comes_again(checkpoints, variable):
+def test_damaged_checkpoint_is_replaced_at_its_step(checkpoints, variable):
     empty(checkpoints.folder / "step-3" / DATA)
     checkpoints.restore()
     variable.assign(tf.fill([100], 5.0))
@@ -87,14 +87,14 @@ def test_damaged_one_is_replaced_when_its_step_comes_again(checkpoints, variable
     assert set(variable.numpy()) == {5.0}
 
 
-def test_run_is_not_begun_anew_where_all_are_damaged(checkpoints):
+def test_run_does_not_begin_again_if_all_checkpoints_are_damaged(checkpoints):
     for step in (2, 3):
         empty(checkpoints.folder / f"step-{step}" / DATA)
     with pytest.raises(OSError, match="none of the checkpoints in .* can be read"):
         checkpoints.restore()
 
 
-def test_one_that_was_not_written_to_its_end_is_no_checkpoint(checkpoints, variable):
+def test_partly_written_folder_is_no_checkpoint(checkpoints, variable):
     (checkpoints.folder / "step-3").rename(checkpoints.folder / "part-step-3")
     assert checkpoints.restore() == (2, {"step": 2})
     assert set(variable.numpy()) == {2.0}
@@ -111,19 +111,19 @@ def test_one_that_was_not_written_to_its_end_is_no_checkpoint(checkpoints, varia
     ],
     ids=["name", "shape", "dtype", "more"],
 )
-def test_one_of_other_variables_is_no_damaged_one(objects, checkpoints):
+def test_checkpoint_of_other_variables_is_not_passed_over(objects, checkpoints):
     variables = {name: tf.Variable(value) for name, value in objects.items()}
     with pytest.raises(OSError, match="step-3 holds other variables than the network"):
         Checkpoints(checkpoints.folder, **variables).restore()
 
 
-def test_one_of_an_older_version_has_no_record(checkpoints, variable):
+def test_checkpoint_of_an_older_version_has_no_record(checkpoints, variable):
     (checkpoints.folder / "step-3" / "record.json").unlink()
     assert checkpoints.restore() == (3, {})
     assert set(variable.numpy()) == {3.0}
 
 
-def test_folder_whose_name_is_alike_is_no_checkpoint(checkpoints):
+def test_folder_with_a_similar_name_is_no_checkpoint(checkpoints):
     for name in ("step-3-copy-4", "step-", "old-step-5"):
         shutil.copytree(checkpoints.folder / "step-3", checkpoints.folder / name)
     assert checkpoints.restore() == (3, {"step": 3})

@@ -41,8 +41,8 @@ def losses(recipe, images, steps):
 
 
 def test_reversible_and_ordinary_revnet38_have_equal_losses_for_20_steps(float64):
-    # In float64. In float32 rounding alone parts any two runs of this network, two
-    # ordinary ones as well (by 1e-3 within 5 steps): it turns a few ReLUs over.
+    # In float32, rounding separates any two runs of this network by 1e-3 within 5
+    # steps, two ordinary runs as well, because it switches a few ReLUs.
     recipe = RECIPES["cifar10_revnet38"]
     images = data.load(recipe, FOLDER)
     recomputed = losses(recipe, images, 20)

@@ -38,9 +38,9 @@ def test_training_images_are_centred_on_the_mean_image_and_divided_by_255():
     np.testing.assert_allclose(x, (images.train_images[y] - mean) / 255, atol=1e-6)
 
 
-def test_mean_can_be_that_of_all_images_as_the_authors_have_it():
+def test_mean_can_include_the_test_images_as_the_authors_have_it():
     images = dataclasses.replace(numbered_images(10), test_in_mean=True)
-    # (Their seven test images are the first seven training images.)
+    # The seven test images are the first seven training images.
     everything = np.concatenate([images.train_images, images.train_images[:7]])
     np.testing.assert_allclose(images.mean, everything.mean(axis=0), rtol=1e-6)
 
@@ -52,7 +52,7 @@ def test_mean_image_is_exact_where_a_float32_sum_is_not():
     assert np.add.accumulate(bright.ravel(), dtype=np.float32)[-1] != bright.sum()
 
 
-def test_epoch_holds_no_image_twice_and_leaves_out_another_rest_each_time():
+def test_epoch_holds_no_image_twice_and_leaves_out_other_images_each_time():
     images = numbered_images(10)
     _, y = training_arrays(images, RECIPE, steps=40)
     epochs = y.reshape(20, 8)
@@ -62,7 +62,7 @@ def test_epoch_holds_no_image_twice_and_leaves_out_another_rest_each_time():
 
 
 @pytest.mark.parametrize("first_step", [3, 5])
-def test_run_that_goes_on_sees_what_a_straight_run_sees(first_step):
+def test_resumed_run_sees_the_images_of_an_uninterrupted_run(first_step):
     images = numbered_images(13)
     recipe = RECIPE.replace(pad=2, flip=True)
     x, y = training_arrays(images, recipe, steps=9)
@@ -139,7 +139,7 @@ def test_digits_are_held_out_by_a_fixed_split_with_every_class():
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every request is refused, as by a host that is not there."""
+    """Refuses every request, as an unreachable host does."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
@@ -271,7 +271,7 @@ def test_pipelines_of_workers_share_the_images_of_each_step(first_step):
 
 @pytest.mark.parametrize("pipelines", [1, 2, 3])
 def test_every_worker_tests_as_many_batches_and_all_of_them_every_image_once(pipelines):
-    # Seven images, of which a third worker would have none in its second batch.
+    # With seven images, a third worker would have no image in its second batch.
     images, batch = numbered_images(10), 2 * pipelines
     seen = []
     for context in contexts(pipelines, pipelines):

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
+from revnet_tf import memory, models
 from training import evaluate, export, train
 from training.recipe import ResNet, flags
 from training.recipes import RECIPES
@@ -16,7 +18,7 @@ from training.recipes import RECIPES
 ROOT = Path(__file__).parents[2]
 NUMBERS = (
     "classes num-blocks channels global-batch-size learning-rate train-steps "
-    "weight-decay pad decay-steps warmup-steps momentum fraction-bits seed "
+    "image-size weight-decay pad decay-steps warmup-steps momentum fraction-bits seed "
     "save-every monitor memory-budget"
 ).split()
 MAY_BE_0 = "weight-decay pad warmup-steps momentum fraction-bits seed".split()
@@ -28,7 +30,7 @@ TINY = "--num-blocks 1 --channels 8 8 --train-steps 2 --global-batch-size 200".s
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Spares these many short tests the reset of Keras, which they do not use."""
+    """Replaces the reset of Keras, which these many short tests do not need."""
 
 
 def refused(capsys, main, *argv):
@@ -123,6 +125,25 @@ def test_decay_steps_beyond_the_end_are_named(finished_run):
     assert "its learning rate does not decay there: [560, 784]" in out
 
 
+def test_run_ends_with_the_activation_memory_of_a_step(finished_run):
+    _, out = finished_run
+    network = models.RevNet(
+        (1,), (8, 8), input_shape=(8, 8, 1), classes=10, classifier_activation=None
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.compile(keras.optimizers.SGD(0.1, 0.9), loss)
+    sizes = []
+    for recompute in (True, False):
+        for layer in memory.recomputing_layers(network):
+            layer.recompute = recompute
+        sizes.append(memory.estimate(network, 200).activation_bytes / 1e6)
+    assert sizes[0] < sizes[1]
+    assert out.splitlines()[-2:] == [
+        f"activations    {sizes[0]:.2f} MB a step if reconstructed, by estimate",
+        f"activations    {sizes[1]:.2f} MB a step if stored, by estimate",
+    ]
+
+
 @pytest.mark.parametrize(
     "decay_steps, unreached",
     [("", []), ("8 9", []), ("8 10", [10]), ("11 12", [11, 12])],
@@ -168,7 +189,7 @@ def test_every_field_is_a_flag():
         "--bottleneck --no-recompute --fraction-bits 14 --global-batch-size 3 "
         "--learning-rate 0.5 --schedule cosine --warmup-steps 3 --momentum 0.8 "
         "--weight-decay 0.7 --train-steps 4 --pad 5 --flip --test-in-mean --seed 6 "
-        "--precision mixed_float16 --no-jit --deterministic"
+        "--image-size 24 --precision mixed_float16 --no-jit --deterministic"
     ).split()
     _, name, recipe, _ = train.parse(argv)
     assert name == "digits_revnet"
@@ -188,6 +209,7 @@ def test_every_field_is_a_flag():
         "momentum": 0.8,
         "weight_decay": 0.7,
         "train_steps": 4,
+        "image_size": 24,
         "pad": 5,
         "flip": True,
         "test_in_mean": True,

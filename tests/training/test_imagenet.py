@@ -28,7 +28,7 @@ def test_training_images_are_of_one_size_and_range_with_their_labels(imagenet_di
     assert x.dtype == np.float32
     assert -1 <= x.min() < -0.5
     assert 0.5 < x.max() <= 1
-    # An epoch holds no image twice, and another order than the one before.
+    # An epoch holds no image twice, and has another order than the epoch before.
     epochs = y.reshape(6, 10)
     assert all(len(set(epoch)) == 10 for epoch in epochs)
     assert set(y) == set(range(0, 120, 10))
@@ -36,7 +36,7 @@ def test_training_images_are_of_one_size_and_range_with_their_labels(imagenet_di
 
 
 @pytest.mark.parametrize("first_step", [2, 3])
-def test_run_that_goes_on_sees_what_a_straight_run_sees(imagenet_dir, first_step):
+def test_resumed_run_sees_the_images_of_an_uninterrupted_run(imagenet_dir, first_step):
     x, y = training_arrays(load(imagenet_dir), steps=5)
     tf.random.set_seed(99)
     x_on, y_on = training_arrays(load(imagenet_dir), 5 - first_step, first_step)
@@ -93,7 +93,7 @@ def test_random_windows_have_the_area_and_the_ratio_of_sides_of_inception():
         height, width = (np.ptp(window[..., c]) / 255 for c in (0, 1))
         areas.append(height * width)
         ratios.append(400 * width / (300 * height))
-    # (Two pixels are lost at the edges, and JPEG is not exact.)
+    # Two pixels are lost at the edges, and JPEG is not exact.
     assert 0.03 < min(areas) < 0.15
     assert 0.85 < max(areas) <= 1
     assert 0.7 < min(ratios) < 0.85
@@ -142,7 +142,7 @@ def test_corrupt_images_are_left_out_and_epochs_keep_their_length(tmp_path, with
     images = load(tmp_path / "copy", skip_corrupt=True)
     _, y = training_arrays(images, steps=8)
     assert set(y) == set(range(0, 120, 10)) - {20, 30, 70}
-    # 10 places an epoch, 9 images: one of them comes twice.
+    # An epoch has 10 places for 9 images, so one image comes twice.
     assert all(len(set(epoch)) == 9 for epoch in y.reshape(4, 10))
     assert sorted(text.split(":")[0] for text in images.corrupt) == [
         f"{path}, record {i}" for i in (2, 3, 7)

@@ -51,7 +51,7 @@ def test_budget_that_is_too_small_is_refused_before_a_run_begins(tmp_path, capsy
 
 
 def minimum(run_dir, **environment):
-    """Returns the least budget of a small network whose step XLA compiles."""
+    """Returns the smallest budget of a small network whose step XLA compiles."""
     flags = command(run_dir, "--jit", "--memory-budget", "10kB")
     done = subprocess.run(
         [sys.executable, "-m", "training.train", *flags],
@@ -64,7 +64,7 @@ def minimum(run_dir, **environment):
     return int(found.group(1).replace(",", ""))
 
 
-def test_the_program_has_xla_order_operations_for_memory_if_nobody_says_otherwise(
+def test_xla_orders_operations_for_memory_unless_the_environment_says_otherwise(
     tmp_path,
 ):
     flag = "--xla_cpu_enable_concurrency_optimized_scheduler="
@@ -72,8 +72,8 @@ def test_the_program_has_xla_order_operations_for_memory_if_nobody_says_otherwis
         minimum(tmp_path / "run", XLA_FLAGS=flags)
         for flags in ("", f"{flag}false", f"{flag}true")
     )
-    # Which order needs less is chance in so small a network; benchmarks/memory.py
-    # measures it. Here it shows which order is in force.
+    # In so small a network, chance decides which order needs less memory. The test
+    # only asks which order is in force; benchmarks/memory.py measures the memory.
     assert own == for_memory != other
 
 
@@ -91,6 +91,6 @@ def test_sizes(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "6G", "GiB", "six", "6 GiBs", "1..2MB", "-1MB"])
-def test_what_is_no_size_is_refused(text):
+def test_text_that_is_no_size_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="write it as 6GiB"):
         train.size(text)

@@ -28,7 +28,7 @@ def damage_image(path, number, put_junk):
 
 
 def damage_record(path, number, put_junk):
-    """Turns a bit of one record over: its checksum is no longer right."""
+    """Flips a bit of one record, so that its checksum is wrong."""
     content, start = bytearray(path.read_bytes()), 0
     for _ in range(number):
         # Length, its checksum, the record, its checksum.
@@ -43,7 +43,7 @@ def damage_end(path, number, put_junk):
 
 
 DAMAGES = {
-    # What is damaged, the first record that it makes unreadable, how many, and why.
+    # The damage, the first unreadable record, their number, and the reason.
     "image": (damage_image, 7, 1, "Unknown image file format"),
     "record": (damage_record, 7, 13, "corrupted record"),
     "end": (damage_end, 19, 1, "truncated record"),
@@ -63,7 +63,7 @@ def test_corrupt_record_ends_the_reading_with_its_file_number_and_reason(
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_corrupt_records_are_left_out_and_counted_where_that_is_asked_for(
+def test_skip_corrupt_leaves_out_and_counts_corrupt_records(
     copy, kind, capfd, put_junk
 ):
     damage, number, count, _ = DAMAGES[kind]
@@ -241,7 +241,7 @@ def test_other_file_format_is_named(prepared, tmp_path):
         prepared_data.Records(builder, "train")
 
 
-def test_data_set_that_cannot_be_downloaded_is_refused_with_the_way(tmp_path):
+def test_data_set_that_cannot_be_downloaded_is_refused_with_instructions(tmp_path):
     with pytest.raises(FileNotFoundError, match="tfds build imagenet2012"):
         prepared_data.builder("imagenet2012", tmp_path)
 

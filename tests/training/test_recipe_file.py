@@ -67,6 +67,7 @@ NEW = """{
     "kind": "SmallImageClassification",
     "dataset": "digits",
     "classes": 10,
+    "image_size": null,
     "pad": 1,
     "flip": false,
     "test_in_mean": false
@@ -97,13 +98,13 @@ NEW = """{
 """
 OPTIONAL = (
     "pad flip test_in_mean schedule decay_steps warmup_steps momentum recompute "
-    "fraction_bits seed precision jit deterministic"
+    "image_size fraction_bits seed precision jit deterministic"
 ).split()
 
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Spares these many short tests the reset of Keras, which they do not use."""
+    """Replaces the reset of Keras, which these many short tests do not need."""
 
 
 def fields(content):
@@ -121,7 +122,7 @@ OPTIONAL_FIELDS, REQUIRED_FIELDS = (
         pytest.param(version, path, id=f"{version}-{'.'.join(path)}")
         for version, content in FILES.items()
         for path in fields(content)
-        # In a new file a word is a field, or the object of a part.
+        # In a new file, `schedule` is the object of a part, not a field.
         if (path[-1] in OPTIONAL and (version, path) != ("new", ("schedule",)))
         == wanted
     ]
@@ -138,7 +139,7 @@ def without(version, path):
 
 
 def check_free(run_dir, *flags):
-    """What the program does first, with the folder and with its flags."""
+    """Checks the folder and the flags, as the program does first."""
     _, name, recipe, _ = train.parse(flags)
     runs.check_free(run_dir, runs.describe(name, recipe))
 
@@ -195,7 +196,7 @@ def test_run_of_an_older_version_goes_on(text, tmp_path):
                 "fraction_bits": 14,
             },
         ),
-        # A ResNet had a field that it has no more.
+        # A ResNet had a field that this version removed.
         ("--no-reversible", {"reversible": False, "recompute": False}),
     ],
 )
@@ -218,7 +219,7 @@ def test_file_of_a_new_run_has_an_object_for_each_part():
 def test_run_that_is_older_than_a_field_goes_on_with_its_default(
     version, path, tmp_path
 ):
-    # The two whose values are not the defaults.
+    # The values of these two fields are not the defaults.
     flags = {"pad": ["--pad", "0"], "decay_steps": ["--decay-steps"]}.get(path[-1], [])
     check_free(begun(tmp_path, without(version, path)), *FLAGS, *flags)
 

@@ -1,4 +1,4 @@
-"""Runs that are ended or killed, at any moment, and go on as if they had not been."""
+"""Runs that end at any moment, and resume as if they had not been interrupted."""
 
 import json
 import random
@@ -10,7 +10,8 @@ import pytest
 
 from training import outputs
 
-# Of a run: BatchNorm, dropout and augmentation; epochs of 28 steps, the last of fewer.
+# A run with BatchNorm, dropout and augmentation. Its epochs have 28 steps, the last one
+# fewer.
 FLAGS = "--flip --decay-steps 100 --save-every 10 --deterministic --train-steps".split()
 
 
@@ -37,7 +38,7 @@ class Run:
         return sorted(found, key=lambda path: int(path.name[5:]))
 
     def outcome(self):
-        """Weights, and what the files say, but for times and memory."""
+        """Returns the weights and the results of a run, without times and memory."""
         rows = outputs.read_table(self.folder / "metrics.csv")
         result = json.loads((self.folder / "result.json").read_text())
         for row in rows:

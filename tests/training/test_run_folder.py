@@ -49,7 +49,7 @@ def resumed(run_dir):
 
 
 def age(run_dir):
-    """Makes the run one of a version without identifiers and records."""
+    """Changes the run to a run of a version without identifiers and records."""
     (run_dir / "checkpoints" / "step-7" / "record.json").unlink()
     outputs.write_json(run_dir / "recipe.json", runs.describe("digits_revnet", RECIPE))
 
@@ -172,7 +172,7 @@ def test_checkpoints_of_an_older_version_are_accepted_in_its_run(run_dir):
     runs.check_checkpoints(run_dir, 17)
 
 
-def test_damaged_record_is_no_foreign_one(run_dir):
+def test_damaged_record_is_not_of_another_run(run_dir):
     (run_dir / "checkpoints" / "step-7" / "record.json").write_text("{")
     runs.check_checkpoints(run_dir, 17)
 

@@ -1,8 +1,8 @@
 """A trained network in service: asked by clients, and in other runtimes.
 
-TensorFlow Serving itself is in no package registry. What stands in for it: KServe's
-server for REST, a service of `tensorflow-serving-api` for gRPC, and a C program that
-loads the SavedModel as a server does.
+TensorFlow Serving itself is in no package registry. KServe's server replaces it for
+REST, and a service of `tensorflow-serving-api` for gRPC. A C program loads the
+SavedModel as a server does.
 """
 
 import base64
@@ -484,7 +484,7 @@ def test_openvino_reads_the_saved_model_as_it_is(run, digits):
     import openvino
 
     core = openvino.Core()
-    # Where the processor has bfloat16, OpenVINO computes in it unless it is told.
+    # On processors with bfloat16, OpenVINO computes in it by default.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     model = core.read_model(run / "export" / "1")
     compiled = core.compile_model(model, "CPU", options)

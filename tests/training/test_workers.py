@@ -1,4 +1,4 @@
-"""Two workers and two replicas train what one device trains."""
+"""Two workers and two replicas train the same weights as one device."""
 
 import ast
 import json
@@ -97,7 +97,7 @@ def test_two_replicas_scale_the_loss_of_float16(run, tmp_path):
 
 
 def step_by_halves(halves):
-    """One step of ordinary Keras on each half by itself, the two averaged."""
+    """Returns the mean of two steps of ordinary Keras, one on each half."""
     weights = []
     for x, y in halves:
         keras.utils.set_random_seed(RECIPE.seed)
@@ -110,7 +110,7 @@ def step_by_halves(halves):
         )
         network.train_on_batch(x, y)
         weights.append([weight.numpy().ravel() for weight in network.weights])
-    # Weights and moving statistics are linear in what a replica contributes.
+    # Weights and moving statistics are linear in the contribution of a replica.
     return np.mean([np.concatenate(each) for each in weights], axis=0)
 
 
@@ -161,7 +161,7 @@ def test_where_one_worker_dies_the_other_ends_and_the_job_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("hangs", [0, 1])
 def test_where_one_worker_hangs_both_end_with_one_line(hangs, run, tmp_path):
-    # The first step, which compiles, takes less.
+    # The first step, which compiles, takes less time than this.
     options = {"hang": hangs, "timeout": 30, "network": "plain"}
     flags = ["--run-dir", tmp_path, "--train-steps", "400"]
     lines = []
@@ -169,7 +169,7 @@ def test_where_one_worker_hangs_both_end_with_one_line(hangs, run, tmp_path):
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         lines.append(done.stderr.splitlines()[-1])
-    # The first that ends can do so before the time of the other is over.
+    # The worker that ends first can end before the timeout of the other.
     assert any("this worker has waited 30 s for the others" in line for line in lines)
     ends = "waited 30 s for the others|another worker has ended or cannot be reached"
     assert all(re.search(ends, line) for line in lines)
