@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 
@@ -35,17 +36,23 @@ def two_replicas():
     )
 
 
-def _graph(function):
-    return tf.function(function, autograph=False)
+MODES = {
+    "eager": lambda function: function,
+    "graph": functools.partial(tf.function, autograph=False),
+    "xla": functools.partial(tf.function, autograph=False, jit_compile=True),
+}
 
 
-def _xla(function):
-    return tf.function(function, autograph=False, jit_compile=True)
-
-
-@pytest.fixture(params=["eager", "graph", "xla"])
-def run(request):
+@pytest.fixture(params=MODES)
+def run_in_every_mode(request):
     """How a function is executed: as it is, as a graph, or compiled."""
-    return {"eager": lambda function: function, "graph": _graph, "xla": _xla}[
-        request.param
-    ]
+    return MODES[request.param]
+
+
+# Compilation takes most of the time of a small test.
+@pytest.fixture(
+    params=["eager", "graph", pytest.param("xla", marks=pytest.mark.thorough)]
+)
+def run(request):
+    """The same; the fast tests leave compilation out."""
+    return MODES[request.param]

@@ -12,7 +12,8 @@ import pytest
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+GUIDE = [f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", *GUIDE]
 LANGUAGES = {"python", "sh", "text", "json", "yaml", "bibtex"}
 
 # Run by tests/training/test_workers.py, which has a data set and two devices for it.
@@ -66,11 +67,9 @@ def script(page):
     return text
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
+def failures(pages, folder):
     """Returns the tracebacks of the pages whose code fails."""
-    folder = tmp_path_factory.mktemp("pages")
-    scripts = {page: script(page) for page in PAGES}
+    scripts = {page: script(page) for page in pages}
     (folder / "pages.json").write_text(json.dumps(scripts))
     # `memory.measure` needs oneDNN, which TensorFlow uses on some processors only.
     environment = {"PYTHONPATH": str(ROOT), "TF_ENABLE_ONEDNN_OPTS": "1"}
@@ -83,9 +82,20 @@ def failures(tmp_path_factory):
     return json.loads((folder / "failed.json").read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if script(page)])
-def test_code_of_a_page_runs_from_top_to_bottom(page, failures):
-    assert page not in failures, failures[page]
+def test_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
+    assert script("README.md")
+    assert failures(["README.md"], tmp_path) == {}
+
+
+@pytest.fixture(scope="module")
+def failures_of_the_guide(tmp_path_factory):
+    return failures(GUIDE, tmp_path_factory.mktemp("guide"))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("page", [page for page in GUIDE if script(page)])
+def test_code_of_a_page_runs_from_top_to_bottom(page, failures_of_the_guide):
+    assert page not in failures_of_the_guide, failures_of_the_guide[page]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -67,6 +67,7 @@ def test_every_example_has_a_run_a_title_and_at_most_119_lines():
         assert len(text.splitlines()) < 120
 
 
+@pytest.mark.thorough
 def test_own_network_is_trained_tested_and_inverted(outputs):
     output = outputs[0]["cifar10_own_network"]
     assert "3/3" in output
@@ -74,6 +75,7 @@ def test_own_network_is_trained_tested_and_inverted(outputs):
     assert number_after("reconstructed input of stage2", output) < 1e-3
 
 
+@pytest.mark.thorough
 def test_plans_store_more_blocks_with_more_budget_and_stay_within_it(outputs):
     output = outputs[0]["memory_budget"]
     assert "is below the minimum of" in output
@@ -83,6 +85,7 @@ def test_plans_store_more_blocks_with_more_budget_and_stay_within_it(outputs):
     assert all(p <= budget for p, budget in zip(peaks, budgets, strict=True))
 
 
+@pytest.mark.thorough
 def test_drift_is_ruled_out_by_fixed_point_and_bounded_by_anchors(outputs):
     results, folder = outputs
     output = results["drift"]
@@ -95,6 +98,7 @@ def test_drift_is_ruled_out_by_fixed_point_and_bounded_by_anchors(outputs):
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_two_devices_train_a_model_that_is_served(outputs):
     results, folder = outputs
     output = results["mirrored_and_serving"]

@@ -17,6 +17,7 @@ def measured():
     }
 
 
+@pytest.mark.thorough
 def test_a_process_measures_the_memory_of_a_step_and_the_time_of_all_ways(measured):
     assert measured["memory"] > 2**26  # TensorFlow itself
     seconds = measured["time"]
@@ -24,6 +25,7 @@ def test_a_process_measures_the_memory_of_a_step_and_the_time_of_all_ways(measur
     assert min(seconds.values()) > 0
 
 
+@pytest.mark.thorough
 def test_table_and_picture_show_the_numbers_of_the_csv(
     measured, tmp_path, monkeypatch, capsys
 ):

@@ -47,6 +47,7 @@ def test_other_backend_in_keras_json_is_refused(place, tmp_path):
     assert last_line_of_import(**{place: str(tmp_path)}) == expected("jax")
 
 
+@pytest.mark.thorough
 def test_other_backend_of_an_imported_keras_is_refused():
     # Keras imports OpenVINO's backend lazily, so it starts without its modules.
     program = (

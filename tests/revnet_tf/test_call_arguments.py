@@ -263,6 +263,7 @@ def test_branch_with_state_that_it_does_not_list_is_refused_by_its_name():
     assert np.isfinite(loss_and_gradients(stored, images(2, 3, 8))[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [30, 31, 33])
 def test_networks_without_top_take_images_of_any_size(size):
     half = -(-size // 2)

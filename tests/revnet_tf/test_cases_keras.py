@@ -316,6 +316,7 @@ def test_e09_a_signature_of_fixed_size_refuses_any_other(tmp_path):
         loaded.serve(images(3, 8))
 
 
+@pytest.mark.thorough
 def test_e09_open_sizes_of_an_image_stay_open(tmp_path):
     model = models.RevNet((1, 1), (8, 8, 16), include_top=False, pooling="avg")
     export_saved_model(model, tmp_path / "1")
@@ -330,6 +331,7 @@ def test_e09_open_sizes_of_an_image_stay_open(tmp_path):
 # E10
 
 
+@pytest.mark.thorough
 def test_e10_export_under_a_strategy_is_the_one_device_model(two_replicas, tmp_path):
     with two_replicas.scope():
         model = conv_model()
@@ -349,6 +351,7 @@ def test_e10_export_under_a_strategy_is_the_one_device_model(two_replicas, tmp_p
 # E11
 
 
+@pytest.mark.thorough
 def test_e11_mixed_precision_model_is_exported_with_float32_outputs(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     x = keras.Input((6, 6, 8))
@@ -396,6 +399,7 @@ def interpreted(content, x):
     return y
 
 
+@pytest.mark.thorough
 @interpreter_warns
 def test_e12_exported_network_converts_to_tflite_builtin_operations(tmp_path):
     # Without `SELECT_TF_OPS` the converter fails at any other operation.
@@ -406,6 +410,7 @@ def test_e12_exported_network_converts_to_tflite_builtin_operations(tmp_path):
     np.testing.assert_allclose(interpreted(converter.convert(), x), model(x), atol=1e-4)
 
 
+@pytest.mark.thorough
 @interpreter_warns
 def test_e14_int8_conversion_after_training_keeps_the_accuracy(tmp_path):
     # By the same converter as E12, without the tools that rewrite Keras layers.

@@ -152,6 +152,7 @@ def test_a04_branches_without_weights_yet_are_built_by_a_first_call_in_a_graph(r
     assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a04_branches_without_weights_yet_are_built_in_a_strategy_scope(two_replicas):
     results = []
     for recompute in (True, False):
@@ -258,6 +259,7 @@ class Penalized(keras.Model):
         return {"total": total}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("eagerly", [True, False])
 def test_a09_a_gradient_penalty_is_refused_and_trains_without_recomputation(eagerly):
     x = keras.Input((4, 4, 4))
@@ -388,6 +390,7 @@ def live_bytes():
     return sum(t.shape.num_elements() * t.dtype.size for t in tensors)
 
 
+@pytest.mark.thorough
 def test_b05_no_tensor_is_left_over_from_an_eager_step():
     x = keras.Input((64,))
     y = RevSequence([norm_block(32), norm_block(32)])(x)
@@ -403,6 +406,7 @@ def test_b05_no_tensor_is_left_over_from_an_eager_step():
     assert found[1] == found[2]
 
 
+@pytest.mark.thorough
 def test_b05_resident_memory_is_flat_after_warming_up():
     sequence = RevSequence([dense_block(128) for _ in range(3)])
     model = keras.Sequential([keras.Input((256,)), sequence])

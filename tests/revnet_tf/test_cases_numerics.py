@@ -255,6 +255,7 @@ def test_d06_computed_output_shape_is_that_of_the_output(name):
 # D07 (blocks: test_coupling, inverse: test_layers)
 
 
+@pytest.mark.thorough
 def test_d07_network_in_float64_equals_autodiff_to_its_precision():
     keras.config.set_dtype_policy("float64")
     nets = []
@@ -453,7 +454,7 @@ def deep_sequence(depth, scale=1, policy="float32"):
 @pytest.mark.parametrize(
     "depth, scale, policy, bound",
     [
-        (100, 1, "float32", 1e-3),
+        pytest.param(100, 1, "float32", 1e-3, marks=pytest.mark.thorough),
         (10, 3, "float32", 1e-3),
         # Some values of a branch round to another bfloat16 value: a difference of 2^-8.
         (10, 3, "mixed_bfloat16", 2e-2),
@@ -467,6 +468,7 @@ def test_d12_drift_of_a_deep_stack_in_training_is_bounded(depth, scale, policy, 
     assert error < bound
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "dtype, bound",
     # Without norms, the blocks before a block amplify its error.

@@ -32,11 +32,11 @@ TOLERANCE = {
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_gradients_equal_autodiff_and_state_advances_once(run, dtype):
+def test_gradients_equal_autodiff_and_state_advances_once(run_in_every_mode, dtype):
     recomputed, stored = twins(lambda: conv_sequence(dtype=dtype), (None, 6, 6, 8))
     x = images(5, 6, 6, 8, dtype=dtype)
-    step = run(loss_and_gradients)
-    other = run(loss_and_gradients)
+    step = run_in_every_mode(loss_and_gradients)
+    other = run_in_every_mode(loss_and_gradients)
     for _ in range(2):  # The second step starts from changed statistics.
         got, expected = step(recomputed, x), other(stored, x)
     assert_close(got, expected, **TOLERANCE[dtype])

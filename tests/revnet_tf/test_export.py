@@ -67,7 +67,7 @@ def ops_of(path, name="serving_default"):
 @pytest.mark.parametrize(
     "network, convolutions, blocks",
     [
-        ("RevNet38", 37, 9),
+        pytest.param("RevNet38", 37, 9, marks=pytest.mark.thorough),
         pytest.param("RevNet110", 109, 27, marks=pytest.mark.slow),
     ],
 )
@@ -92,6 +92,7 @@ def test_exported_graph_is_the_forward_pass_and_that_of_the_plain_twin(
     assert not [op for op in ops if "Grad" in op or "Backprop" in op or op == "While"]
 
 
+@pytest.mark.thorough
 def test_branch_with_a_custom_gradient_of_its_own_leaves_it_behind(tmp_path):
     x = keras.Input((8,))
     block = RevBlock(
@@ -248,6 +249,7 @@ def test_name_of_a_signature_that_is_taken_is_refused(tmp_path):
         export_saved_model(model, tmp_path / "1", signatures={"encoded": model.output})
 
 
+@pytest.mark.thorough
 def test_mixed_precision_model_answers_in_float32_and_to_1e_5(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = small_model()
@@ -261,6 +263,7 @@ def test_mixed_precision_model_answers_in_float32_and_to_1e_5(tmp_path):
     assert loaded["features"](inputs=x)["features"].dtype == tf.float32
 
 
+@pytest.mark.thorough
 def test_model_of_a_mirrored_strategy_is_exported_within_its_scope(
     tmp_path, two_replicas
 ):
@@ -317,6 +320,7 @@ def test_saved_model_that_differs_is_not_written(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.thorough
 def test_full_disk_leaves_the_version_before_alone(tmp_path):
     model = small_model()
     export_saved_model(model, tmp_path / "1")

@@ -246,7 +246,9 @@ def test_sequence_refuses_blocks_of_another_format_and_leaves_them_alone(given):
 
 
 # TensorFlow reorders sums in a large graph that it does not reorder in a small one.
-@pytest.mark.parametrize("batch", [4, 8000], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "batch", [4, pytest.param(8000, marks=pytest.mark.thorough)], ids=["small", "large"]
+)
 def test_revnet_has_the_gradients_of_stored_activations_to_the_last_bit(
     batch, same_sums
 ):

@@ -85,6 +85,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measurement(network):
     assert estimated == pytest.approx(measured, 0.1)
 
 
+@pytest.mark.thorough
 def test_with_xla_the_estimate_is_the_buffer_that_the_compiler_assigns():
     model = networks.build("sequence", 3, jit_compile=True)
     found = memory.estimate(model, 64)
@@ -95,6 +96,7 @@ def test_with_xla_the_estimate_is_the_buffer_that_the_compiler_assigns():
     )
 
 
+@pytest.mark.thorough
 def test_the_memory_of_a_revnet_under_xla_does_not_depend_on_depth():
     def activation_bytes(num_blocks):
         model = models.RevNet(
@@ -121,7 +123,14 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("mode", processes.MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "graph",
+        pytest.param("xla", marks=pytest.mark.thorough),
+        pytest.param("xla_for_memory", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_revnet_needs_little_more_than_the_lower_bound(mode):
     # `benchmarks.estimate` defines the lower bound.
     program, flags = MEASURE_OF_THE_LEAST, processes.MODES[mode]

@@ -263,6 +263,7 @@ def drifting_model(depth, mode):
     return model_of(blocks, **compiled(mode))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)]
 )
@@ -326,7 +327,7 @@ def conv_model(**compile_options):
     "mode, policy",
     [
         ("eager", "float32"),
-        ("graph", "mixed_float16"),
+        pytest.param("graph", "mixed_float16", marks=pytest.mark.thorough),
         pytest.param("xla", "float32", marks=pytest.mark.slow),
     ],
 )

@@ -276,6 +276,7 @@ def check(network, mode):
     assert_close(tf.nest.flatten(back), tf.nest.flatten(x), *tolerances)
 
 
+@pytest.mark.thorough
 @settings(max_examples=285, **SETTINGS)
 @given(networks())
 def test_random_network_equals_its_twin_and_is_inverted_in_eager_mode(network):

@@ -223,6 +223,7 @@ def test_host_that_never_answers_is_given_up_within_20_seconds(
         assert time.monotonic() - start < 20
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not (CIFAR / "cifar10" / "3.0.2").is_dir(),
     reason="needs CIFAR-10, prepared by TFDS in TFDS_DATA_DIR or its default folder",

@@ -274,6 +274,7 @@ def test_help_is_the_same_in_optimized_python(program):
         assert (done.returncode, done.stdout) == (0, plain.stdout)
 
 
+@pytest.mark.thorough
 def test_programs_run_without_docstrings_and_assertions(tmp_path):
     run_dir, output = str(tmp_path / "run"), str(tmp_path / "export")
     # In one process: each would compile the modules of TensorFlow again.

@@ -167,6 +167,7 @@ def train(tmp_path, run):
 SMALL = ["--num-blocks", "1", "1", "1", "2", "--channels", "8", "8", "8", "8", "16"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "network", [pytest.param([], marks=pytest.mark.slow), SMALL], ids=["full", "small"]
 )
@@ -189,6 +190,7 @@ def test_corrupt_test_images_are_left_out_of_the_score(tmp_path, with_junk):
     assert list(np.concatenate(weights)) == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.thorough
 def test_corrupt_image_in_the_middle_of_training_is_named(tmp_path, with_junk, train):
     path = with_junk("train", range(12))
     done = train(tmp_path / "copy", *SMALL)

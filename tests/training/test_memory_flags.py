@@ -64,6 +64,7 @@ def minimum(run_dir, **environment):
     return int(found.group(1).replace(",", ""))
 
 
+@pytest.mark.thorough
 def test_xla_orders_operations_for_memory_unless_the_environment_says_otherwise(
     tmp_path,
 ):

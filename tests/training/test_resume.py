@@ -66,6 +66,7 @@ def end(run):
     return done
 
 
+@pytest.mark.thorough
 def test_run_ended_killed_and_damaged_equals_an_uninterrupted_one_bit_for_bit(
     start, run, tmp_path
 ):

@@ -161,6 +161,7 @@ def server(run, live, digits, tmp_path_factory):
         started.process.wait(60)
 
 
+@pytest.mark.thorough
 def test_server_listens_on_this_machine_only(server):
     listening = [
         connection.laddr.ip
@@ -198,6 +199,7 @@ def test_every_kind_of_model_answers_over_http_as_it_does_live(
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_open_inference_protocol_gives_the_same_answers(server, run, digits):
     x = digits.test_images[:7]
     tensor = {
@@ -454,6 +456,7 @@ def test_c_program_is_refused_what_is_no_batch_of_images_and_goes_on(
     assert last.split()[0] in digits.class_names
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("file_format", ["litert", "litert_int8", "onnx"])
 def test_file_of_another_runtime_answers_as_the_run(run, digits, tmp_path, file_format):
     output = tmp_path / export.FILES[file_format]
@@ -480,6 +483,7 @@ def test_file_of_another_runtime_answers_as_the_run(run, digits, tmp_path, file_
         assert right == pytest.approx(accuracy_of(run), abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_openvino_reads_the_saved_model_as_it_is(run, digits):
     import openvino
 

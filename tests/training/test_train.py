@@ -260,6 +260,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
             assert float(row[column]) == pytest.approx(float(straight[column]), 1e-3)
 
 
+@pytest.mark.thorough
 def test_monitored_run_goes_on_with_its_measurements(unfinished_run):
     train.main(command(unfinished_run, "--monitor", "4"))
     with (unfinished_run / "reversibility.csv").open(newline="") as file:
@@ -279,6 +280,7 @@ def test_monitor_that_has_nothing_to_do_is_refused(flags, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_run_stopped_between_training_and_result_is_finished(
     tmp_path, finished_run, monkeypatch
 ):
@@ -417,6 +419,7 @@ def test_evaluate_repeats_the_recorded_score(finished_run, capsys):
     assert scored == recorded.rstrip(")")
 
 
+@pytest.mark.thorough
 def test_export_writes_the_next_version_or_to_output(finished_run, tmp_path, capsys):
     output = tmp_path / "elsewhere" / "7"
     with runs.locked(finished_run):  # by an export into the run folder
@@ -536,6 +539,7 @@ def test_unfinished_run_is_neither_scored_nor_exported(tmp_path, capsys):
         assert "is no run folder" in refusal(capsys, program, tmp_path / "none")
 
 
+@pytest.mark.thorough
 def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run, run):
     flags = command(tmp_path / "run", "--strategy", "mirrored")
     (done,) = run(*flags, devices=2)
@@ -551,6 +555,7 @@ def test_every_step_counts_once_under_a_mirrored_strategy(tmp_path, finished_run
     assert result["test_accuracy"] == pytest.approx(last, abs=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "flags",
     [
@@ -575,6 +580,7 @@ def test_fixed_point_streams_train_as_stored_activations_do_bit_for_bit(
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "precision",
     ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)],
@@ -604,6 +610,7 @@ def test_loss_of_a_float16_run_is_scaled():
     assert isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
+@pytest.mark.thorough
 def test_run_compiled_by_xla_trains_the_same(tmp_path, finished_run, unexported):
     train.main(command(tmp_path, "--jit"))
     for row, straight in zip(rows_of(tmp_path), rows_of(finished_run), strict=True):
@@ -611,6 +618,7 @@ def test_run_compiled_by_xla_trains_the_same(tmp_path, finished_run, unexported)
         assert float(row["train_loss"]) == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_xla_on_several_replicas_is_refused(tmp_path, run):
     flags = command(tmp_path / "run", "--strategy", "mirrored", "--jit")
     (done,) = run(*flags, devices=2)
@@ -627,6 +635,7 @@ def test_metrics_have_speed_and_memory(finished_run):
         assert 100 < float(row["peak_memory_mib"]) < 100_000
 
 
+@pytest.mark.thorough
 def test_tensorboard_shows_curves_and_a_histogram_of_each_weight(tmp_path, unexported):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -665,6 +674,7 @@ def run_in_shell(folder, *flags):
     )
 
 
+@pytest.mark.thorough
 def test_default_run_folder_and_output_without_messages_of_tensorflow(tmp_path):
     done = run_in_shell(tmp_path, "--train-steps", "30")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -60,6 +60,7 @@ def test_two_workers_train_the_digits_to_equal_weights(run, tmp_path):
     assert found == {"step-28", "step-56"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "network", [pytest.param("plain", marks=pytest.mark.slow), "synchronized"]
 )
@@ -84,6 +85,7 @@ def test_one_device_two_replicas_and_two_workers_train_the_same(network, run, tm
             assert float(other_row[column]) == pytest.approx(float(row[column]), 1e-5)
 
 
+@pytest.mark.thorough
 def test_two_replicas_scale_the_loss_of_float16(run, tmp_path):
     flags = [*THREE_STEPS, "--strategy", "mirrored"]
     rows = []
@@ -114,6 +116,7 @@ def step_by_halves(halves):
     return np.mean([np.concatenate(each) for each in weights], axis=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["replicas", "workers"])
 def test_batch_norm_sees_the_images_of_its_replica(way, run, tmp_path):
     ((x, y),) = data.load(RECIPE).training_batches(RECIPE).take(1)
@@ -137,6 +140,7 @@ def wait_for_a_checkpoint(folder):
         time.sleep(0.05)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_where_one_worker_dies_the_other_ends_and_the_job_goes_on(
     victim, start, run, tmp_path
@@ -175,6 +179,7 @@ def test_where_one_worker_hangs_both_end_with_one_line(hangs, run, tmp_path):
     assert all(re.search(ends, line) for line in lines)
 
 
+@pytest.mark.thorough
 def test_sigterm_to_one_worker_saves_and_ends_both(start, tmp_path):
     flags = ["--run-dir", tmp_path, "--train-steps", "20000"]
     workers = start(*flags, workers=2, network="plain")
@@ -207,6 +212,7 @@ def test_two_workers_train_from_one_file_of_tfds(run, prepared, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path)] == ["2", "4"]
 
 
+@pytest.mark.thorough
 def test_script_of_ones_own_in_the_guide_trains_on_two_devices(prepared, tmp_path):
     page = (ROOT / "docs" / "long-runs.md").read_text()
     _, _, rest = page.partition("<!-- a script of one's own -->\n")
