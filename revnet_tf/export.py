@@ -20,6 +20,8 @@ import tensorflow as tf
 from revnet_tf import _examples, _saved_model_check
 from revnet_tf._files import replacing
 
+__all__ = ["decode_image", "export_litert", "export_onnx", "export_saved_model"]
+
 # The largest difference between a file and the live model, relative to the largest
 # value. Kernels of other runtimes compute sums in another order.
 TOLERANCE = 1e-4

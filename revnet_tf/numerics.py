@@ -22,6 +22,16 @@ from revnet_tf import _probe
 from revnet_tf._files import replacing
 from revnet_tf._probe import BlockError, GradientAngle
 
+__all__ = [
+    "BlockError",
+    "GradientAngle",
+    "ReversibilityMonitor",
+    "draw",
+    "gradient_angle",
+    "reconstruction_error",
+    "set_anchors",
+]
+
 # The task decides which bounds training needs. A gradient in float32 is itself some
 # tenths of a degree away from that in float64. A gradient that is 10 degrees off has
 # 98 % of its length in the right direction.
