@@ -83,15 +83,14 @@ def _check_features(builder):
     import tensorflow_datasets as tfds
 
     features = builder.info.features
+    is_dict = isinstance(features, tfds.features.FeaturesDict)
+    found = dict(features.items()) if is_dict else {}
     kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    if not isinstance(features, tfds.features.FeaturesDict) or any(
-        not isinstance(features.get(name), kind) for name, kind in kinds.items()
-    ):
-        found = ", ".join(features or ()) or "none"
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(
             f"dataset={builder.name}: expected images with the features image (Image) "
-            f"and label (ClassLabel), found {found}; use a data set for image "
-            "classification."
+            f"and label (ClassLabel), found {', '.join(found) or 'none'}; use a data "
+            "set for image classification."
         )
 
 

@@ -453,10 +453,10 @@ def test_data_set_without_test_images_is_divided_and_resized(tfds_dir):
     [
         (
             "imdb_reviews",
-            "expected images with the features image .* found label, text",
+            "expected images with the features image .* found text, label",
         ),
         ("mnist/letters", r"dataset=mnist/letters: expected one .*\(none\)"),
-        ("emnist/leters", "balanced, byclass, bymerge, digits, letters, mnist"),
+        ("emnist/leters", "byclass, bymerge, balanced, letters, digits, mnist"),
         ("mnits", "found no folder .*mnits; did you mean mnist"),
         (
             "tf_flowers",
