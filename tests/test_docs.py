@@ -149,3 +149,12 @@ def test_algorithm_1_stands_beside_lines_of_the_code():
     assert len(quoted) >= 7
     code = (ROOT / "revnet_tf" / "_coupling.py").read_text()
     assert [line for line in quoted if line not in code] == []
+
+
+def test_every_test_that_cases_names_exists():
+    cases = (ROOT / "tests" / "CASES.md").read_text()
+    code = "".join(path.read_text() for path in ROOT.glob("tests/*/test_*.py"))
+    defined = re.findall(r"^def (test_\w+)", code, re.M)
+    named = re.findall(r"`(test_\w+)`", cases)
+    assert len(named) > 100
+    assert [n for n in named if not any(d.startswith(n) for d in defined)] == []
