@@ -62,11 +62,11 @@ def _folder(dataset, data_dir):
     """Returns the path of a folder of pictures."""
     path = Path(data_dir or "", dataset)
     if not path.is_dir():
-        near = difflib.get_close_matches(dataset, ["digits", *prepared.names()], 1)
+        near = difflib.get_close_matches(dataset, ["digits", *prepared.names()])
+        change = f"did you mean {' or '.join(near)}?" if near else "correct the path."
         raise FileNotFoundError(
             f"dataset={dataset}: expected a data set of TFDS or a folder of pictures, "
-            f"found no folder {path}; "
-            + (f"did you mean {near[0]}?" if near else "give the path of the folder.")
+            f"found no folder {path}; {change}"
         )
     return path
 

@@ -100,6 +100,16 @@ RECIPES = {
         global_batch_size=50,
         train_steps=896,  # 32 epochs of 28 steps
     ),
+    **{
+        f"cifar{classes}_{network}": _cifar(classes, network)
+        for classes in (10, 100)
+        for network in CIFAR_NETWORKS
+    },
+    **{f"imagenet_{network}": _imagenet(network) for network in IMAGENET_NETWORKS},
+    **{
+        f"cifar10_{network}_short": _short(network)
+        for network in ("revnet38", "resnet32")
+    },
     # No row of the paper: pictures of one's own, in a folder.
     "pictures_revnet": Recipe(
         RevNet((2, 2, 2), (32, 32, 64, 128), False),
@@ -111,14 +121,4 @@ RECIPES = {
         global_batch_size=32,
         train_steps=1_000,
     ),
-    **{
-        f"cifar{classes}_{network}": _cifar(classes, network)
-        for classes in (10, 100)
-        for network in CIFAR_NETWORKS
-    },
-    **{f"imagenet_{network}": _imagenet(network) for network in IMAGENET_NETWORKS},
-    **{
-        f"cifar10_{network}_short": _short(network)
-        for network in ("revnet38", "resnet32")
-    },
 }

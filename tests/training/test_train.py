@@ -334,7 +334,7 @@ def test_folder_of_something_else_is_refused_and_untouched(tmp_path, capsys):
         ("--train-steps 0", "train_steps=0: use a number above 0"),
         ("--train-steps", "argument --train-steps: expected one argument"),
         ("--recompute False", "unexpected 'False'"),
-        ("--dataset cifar11", "did you mean cifar10?"),
+        ("--dataset cifar11", "did you mean cifar10_1 or cifar10"),
         ("--strategy many", "use one of auto, single, mirrored, multiworker"),
         ("--strategy multiworker", "needs the environment variable TF_CONFIG"),
         ("--precision float16", "use one of float32, mixed_bfloat16, mixed_float16"),
