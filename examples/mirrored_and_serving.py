@@ -13,6 +13,7 @@ data are scikit-learn's handwritten digits.
 """
 
 import argparse
+import time
 
 import keras
 import numpy as np
@@ -23,7 +24,7 @@ import revnet_tf
 
 parser = argparse.ArgumentParser(description="Trains on several devices; exports.")
 parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--output", default="served/1", help="folder of the SavedModel")
+parser.add_argument("--output", default=f"served/{int(time.time())}", metavar="DIR")
 args = parser.parse_args()
 
 """
@@ -92,8 +93,8 @@ print(f"test accuracy: {accuracy:.3f}")
 ## Export
 
 `export_saved_model` writes the forward pass only. Before the folder gets its name,
-another process loads it and compares the answers. TensorFlow Serving expects a version
-number as the name of the folder.
+another process loads it and compares the answers. The name of the folder is a version
+number, as TensorFlow Serving expects.
 """
 
 revnet_tf.export.export_saved_model(
