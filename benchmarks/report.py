@@ -14,7 +14,7 @@ table and writes it to `DIR/report.md`, with `report.csv` and the picture `repor
 - The lower bound of a recomputation is ordinary backpropagation plus one forward pass.
 
 On a GPU the memory is that of TensorFlow's allocator, as `get_memory_info` reports it.
-The project had no GPU at hand: this path has not been run.
+The path for GPUs has not been run: the project had no GPU.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WAYS = {
     "remat": "`keras.remat`",
     "sequence": "`RevSequence`",
 }
-# The lower bound is no way to train; it has a time and no memory.
+# The lower bound is a time, not a way of training: it has no memory.
 ROWS = {**WAYS, "bound": "lower bound of a recomputation"}
 QUANTITIES = "memory", "time"
 SMALL_BATCH = 16

@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 import revnet_tf
 
 parser = argparse.ArgumentParser(description="Trains a reversible network on CIFAR-10.")
-parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--epochs", type=int, default=2)
 parser.add_argument("--steps", type=int, default=500, help="training steps of an epoch")
 args = parser.parse_args()
 
@@ -100,6 +100,7 @@ model.compile(
     keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, steps), 0.9),
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
+    jit_compile=False,  # on a CPU XLA takes longer
 )
 model.fit(train_batches, epochs=args.epochs, steps_per_epoch=args.steps, verbose=2)
 _, accuracy = model.evaluate(test_batches, verbose=0)

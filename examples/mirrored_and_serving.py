@@ -13,6 +13,7 @@ data are scikit-learn's handwritten digits.
 """
 
 import argparse
+import time
 
 import keras
 import numpy as np
@@ -23,7 +24,7 @@ import revnet_tf
 
 parser = argparse.ArgumentParser(description="Trains on several devices; exports.")
 parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--output", default="served/1", help="folder of the SavedModel")
+parser.add_argument("--output", default=f"served/{int(time.time())}", metavar="DIR")
 args = parser.parse_args()
 
 """
@@ -51,7 +52,7 @@ normalizes its own share of the batch, unless `synchronized=True`.
 def branch():
     return keras.Sequential(
         [
-            keras.layers.BatchNormalization(),
+            keras.layers.BatchNormalization(momentum=0.9),
             keras.layers.ReLU(),
             keras.layers.Conv2D(16, 3, padding="same", use_bias=False),
         ]
@@ -92,8 +93,8 @@ print(f"test accuracy: {accuracy:.3f}")
 ## Export
 
 `export_saved_model` writes the forward pass only. Before the folder gets its name,
-another process loads it and compares the answers. TensorFlow Serving expects a version
-number as the name of the folder.
+another process loads it and compares the answers. The name of the folder is a version
+number, as TensorFlow Serving expects.
 """
 
 revnet_tf.export.export_saved_model(
@@ -106,12 +107,13 @@ revnet_tf.export.export_saved_model(
 """
 ## Serving
 
-A server loads the folder and calls a signature.
+A server loads the folder and calls a signature. Every device has moving statistics of
+its own. The file, and the model outside of `fit`, use their mean.
 """
 
 serve = tf.saved_model.load(args.output).signatures["serving_default"]
 answers = serve(inputs=tf.constant(test_images[:8]))
 print("digits:", [name.decode() for name in answers["class_name"].numpy()])
-live = model.predict(test_images[:8], verbose=0)
+live = model(test_images[:8], training=False)
 difference = np.abs(answers["predictions"] - live).max()
 print(f"largest difference from the live model: {difference:.1e}")
