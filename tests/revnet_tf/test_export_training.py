@@ -123,6 +123,7 @@ def test_loaded_training_step_is_saved_again(pair, tmp_path):
     losses(trainer.train, x, y)
 
 
+@pytest.mark.thorough
 def test_saved_training_step_of_a_revnet_under_xla_trains_without_warnings(
     tmp_path, caplog
 ):

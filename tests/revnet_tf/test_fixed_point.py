@@ -144,6 +144,7 @@ def test_without_fixed_point_streams_the_gradients_differ(same_sums):
         assert_same_bits(pair, images(4, 4, 4, 4), "eager")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("formats", [(12,), (12, None), (12, 14)])
 def test_blocks_of_different_formats_do_not_spoil_each_other(formats, same_sums):
     results = []

@@ -14,6 +14,7 @@ def spread(values):
     return max(values) / min(values) - 1
 
 
+@pytest.mark.thorough
 def test_memory_of_a_chain_is_flat_in_graph_mode():
     assert spread([bytes_per_sample("functional", n) for n in (4, 16)]) < 0.15
 

@@ -12,6 +12,8 @@ from twins import assert_same_state, conv_branch, images
 
 from revnet_tf import RevBlock, RevSequence, _probe, models, numerics
 
+MODES = ["eager", "graph", pytest.param("xla", marks=pytest.mark.thorough)]
+
 layers = keras.layers
 WIDTH = 4
 
@@ -91,7 +93,7 @@ def test_errors_are_those_of_the_same_arithmetic_in_numpy(kind):
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("mode", MODES)
 def test_stacked_blocks_drift_together_but_not_in_eager_mode(mode):
     x, _ = batch()
     blocks = [dense_block() for _ in range(8)]
@@ -222,7 +224,7 @@ def test_angles_between_known_vectors():
     assert np.isnan(_probe.degrees([(one, one * np.inf)]))
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("mode", MODES)
 def test_angle_is_that_of_the_gradients_of_training_steps(mode):
     """Reads the gradients from the weights after a step of SGD with a rate of 1."""
     x, y = batch()
@@ -286,7 +288,7 @@ def test_drift_is_reported_with_the_block_and_anchors_bound_it(mode):
 
 
 @pytest.mark.parametrize("anchor", [True, False])
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("mode", MODES)
 def test_training_goes_on_with_the_anchors_that_were_set(mode, anchor):
     trained = []
     for recompute in (True, False):

@@ -283,6 +283,7 @@ def test_random_network_equals_its_twin_and_is_inverted_in_eager_mode(network):
     check(network, "eager")
 
 
+@pytest.mark.thorough
 @settings(max_examples=15, **SETTINGS)
 @given(networks())
 def test_random_network_equals_its_twin_and_is_inverted_in_graph_mode(network):

@@ -27,6 +27,7 @@ def command(run_dir, *flags):
     return ["--run-dir", str(run_dir), *TINY, *flags]
 
 
+@pytest.mark.thorough
 def test_report_comes_before_training_and_the_budget_decides_what_is_recomputed(
     tmp_path, capsys
 ):

@@ -172,6 +172,7 @@ def test_server_listens_on_this_machine_only(server):
     assert listening == ["127.0.0.1"]
 
 
+@pytest.mark.thorough
 def test_accuracy_over_http_is_that_of_the_run(server, run, digits):
     status, answer = server.predict("digits", digits.test_images.tolist())
     assert status == 200

@@ -448,7 +448,7 @@ def test_missing_extra_is_one_line(finished_run, tmp_path, capsys, monkeypatch):
         export.main([str(finished_run), "--format", "onnx", "--output", output])
     assert exit_.value.code == 1
     err = capsys.readouterr().err
-    assert "install revnet-tf[onnx]" in err and err.count("\n") == 1
+    assert "Install revnet-tf[onnx]" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

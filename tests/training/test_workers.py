@@ -43,6 +43,7 @@ def trained(run, folder, flags, network, **options):
     return weights, rows_of(folder / "run")[-1]
 
 
+@pytest.mark.thorough
 def test_two_workers_train_the_digits_to_equal_weights(run, tmp_path):
     flags = ["--run-dir", tmp_path / "run", "--train-steps", "56"]
     chief, other = succeed(run(*flags, workers=2, weights=f"{tmp_path / 'w'}"))
