@@ -334,6 +334,7 @@ class PoolingShortcut(keras.layers.Layer):
             the size of a "same"-padded convolution's output. Defaults to `1`.
 
     Input shape:
+        `(batch, *sizes, channels)` with one, two or three sizes, such as
         `(batch, height, width, channels)`.
     """
 
@@ -343,6 +344,12 @@ class PoolingShortcut(keras.layers.Layer):
         self.strides = strides
 
     def build(self, input_shape: Shape) -> None:
+        if not 3 <= len(input_shape) <= 5:
+            raise ValueError(
+                "Expected an input of shape (batch, *sizes, channels) with one, two or "
+                f"three sizes; got the shape {input_shape}. Use another layer as the "
+                "shortcut."
+            )
         if self.filters < input_shape[-1]:
             raise ValueError(
                 f"Expected at least {input_shape[-1]} filters, the channels of the "
@@ -353,10 +360,11 @@ class PoolingShortcut(keras.layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         x = inputs
         if self.strides > 1:
-            x = tf.nn.avg_pool2d(x, self.strides, self.strides, "SAME")
+            x = tf.nn.avg_pool(x, self.strides, self.strides, "SAME")
         extra = self.filters - x.shape[-1]
         if extra:
-            x = tf.pad(x, [[0, 0]] * 3 + [[extra // 2, extra - extra // 2]])
+            before = [[0, 0]] * (len(x.shape) - 1)
+            x = tf.pad(x, [*before, [extra // 2, extra - extra // 2]])
         return x
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:

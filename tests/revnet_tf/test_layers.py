@@ -487,3 +487,24 @@ def test_downsampling_block_refuses_shapes_that_do_not_agree():
     )
     with pytest.raises(ValueError, match="each pair must agree"):
         block.build((None, 7, 7, 4))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (4, 5), (2, 3, 5)])
+def test_pooling_shortcut_averages_in_one_two_and_three_dimensions(sizes):
+    x = tf.random.stateless_normal((2, *sizes, 3), (0, 1))
+    y = PoolingShortcut(6, 2)(x)
+    # By hand: the mean of the first window, between channels of zeros.
+    first = x[(slice(None), *[slice(2)] * len(sizes))]
+    axes = list(range(1, len(sizes) + 1))
+    corner = (slice(None), *[0] * len(sizes))
+    np.testing.assert_allclose(
+        y[corner][:, 1:4], tf.reduce_mean(first, axes), rtol=1e-5, atol=1e-6
+    )
+    assert y.shape == PoolingShortcut(6, 2).compute_output_shape(x.shape)
+    np.testing.assert_array_equal(y[..., :1], 0)
+    np.testing.assert_array_equal(y[..., 4:], 0)
+
+
+def test_pooling_shortcut_refuses_an_input_without_sizes():
+    with pytest.raises(ValueError, match="one, two or three sizes"):
+        PoolingShortcut(6, 2)(tf.zeros((2, 3)))
