@@ -1,4 +1,4 @@
-"""What a training step takes on this machine: memory and time of three ways.
+"""Memory and time of a training step on this machine, in three ways.
 
     python -m benchmarks.report [--output DIR]    # some ten minutes on two cores
 

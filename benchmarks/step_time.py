@@ -29,13 +29,12 @@ import json
 import statistics
 import time
 
-from benchmarks import processes
+from benchmarks import networks, processes
 from benchmarks.provenance import table
 
 NUM_BLOCKS, BATCH_SIZE = 9, 64
 PROCESSES, ROUNDS = 5, 6
 
-NORMS = ("keras", "revnet_tf")
 WAYS = (
     "sequence",
     "functional",
@@ -48,16 +47,10 @@ WAYS = (
 
 
 def training_step(way, norm, jit_compile, num_blocks=NUM_BLOCKS):
-    import keras
     import tensorflow as tf
 
-    from benchmarks import networks
-    from revnet_tf import normalization
-
-    package = keras.layers if norm == "keras" else normalization
-    chain = networks.chain(
-        "ordinary" if way == "forward" else way, num_blocks, package.BatchNormalization
-    )
+    network = "ordinary" if way == "forward" else way
+    chain = networks.chain(network, num_blocks, networks.NORMS[norm])
     chain.build((None, 32, 32, 64))
     weights = [v.value for v in chain.trainable_variables]
 
@@ -122,7 +115,8 @@ def main():
     ]
     columns += ["ratio", "lowest_ratio", "highest_ratio", "cpu_ratio"]
     with table("step_time.csv", columns) as add:
-        for (mode, flags), norm in itertools.product(processes.MODES.items(), NORMS):
+        cells = itertools.product(processes.MODES.items(), networks.NORMS)
+        for (mode, flags), norm in cells:
             runs = [
                 processes.run("step_time", mode, norm, xla_flags=flags)
                 for _ in range(PROCESSES)

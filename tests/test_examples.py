@@ -34,7 +34,7 @@ with contextlib.ExitStack() as stack:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """What each example prints, and the folder in which they run."""
+    """The output of each example, and the folder in which they run."""
     folder = tmp_path_factory.mktemp("examples")
     lines = [f"{name} {arguments}" for name, arguments in ARGUMENTS.items()]
     done = subprocess.run(
