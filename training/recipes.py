@@ -11,9 +11,9 @@ from training.recipe import (
     SmallImageClassification,
 )
 
-# The paper's networks, as in `revnet_tf.models.VARIANTS`, which a test compares. Above
-# each, the paper's test error in percent on CIFAR-10 and on CIFAR-100, and the test
-# error of an independent rerun.
+# The paper's networks, as in `VARIANTS` of `revnet_tf.models.residual`; a test compares
+# both. Above each, the paper's test error in percent on CIFAR-10 and on CIFAR-100, and
+# the test error of an independent rerun.
 CIFAR_NETWORKS = {
     # 7.14, 29.95; rerun 7.26, 30.90
     "resnet32": ResNet((5, 5, 5), (16, 16, 32, 64), False),

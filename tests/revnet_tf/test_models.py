@@ -39,9 +39,9 @@ def test_parameter_counts_are_the_papers(name):
     assert classes == next(iter(PARAMETERS[name]))
 
 
-@pytest.mark.parametrize("name", models.VARIANTS)
+@pytest.mark.parametrize("name", models.residual.VARIANTS)
 def test_depth_in_the_name_is_the_number_of_weight_layers(name):
-    row = models.VARIANTS[name]
+    row = models.residual.VARIANTS[name]
     convs = 3 if row.bottleneck else 2
     branches = 2 if row.reversible else 1
     depth = convs * branches * sum(row.num_blocks) + 2

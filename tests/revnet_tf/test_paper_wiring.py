@@ -202,7 +202,7 @@ def test_each_weight_alone_changes_the_output(case):
     np.testing.assert_array_equal(forward(), original)
 
 
-@pytest.mark.parametrize("stem", models.STEMS)
+@pytest.mark.parametrize("stem", models.residual.STEMS)
 def test_batch_norm_in_training_by_hand(stem):
     model = models.RevNet((1,), (2, 2), stem=stem, input_shape=(1, 1, 1))
     conv, norm, *_ = model.get_layer("stem").layer.layers

@@ -18,7 +18,7 @@ TINY = RECIPES["digits_revnet"].replace(num_blocks=(1,), channels=(4, 4))
 
 
 def test_networks_are_the_rows_of_the_papers_table():
-    variants = {name.lower(): row for name, row in models.VARIANTS.items()}
+    variants = {name.lower(): row for name, row in models.residual.VARIANTS.items()}
     for name, network in (CIFAR_NETWORKS | IMAGENET_NETWORKS).items():
         row = variants[name]
         cls = RevNet if row.reversible else ResNet

@@ -26,6 +26,7 @@ from revnet_tf.layers import (
     RevSequence,
     Stem,
 )
+from revnet_tf.models._ends import check_arguments, finished, head, model_input
 from revnet_tf.normalization import BatchNormalization
 
 __all__ = [
@@ -330,15 +331,7 @@ class _Network:
             raise ValueError(
                 f"stem must be one of {tuple(STEMS)}; got stem={self.stem!r}."
             )
-        if self.weights is not None and not os.path.exists(self.weights):
-            raise ValueError(
-                f"Expected the path of a file; got weights={self.weights!r}. Give the "
-                "path of a `.weights.h5` file, or `None`."
-            )
-        if self.pooling not in (None, "avg", "max"):
-            raise ValueError(
-                f"pooling must be None, 'avg' or 'max'; got pooling={self.pooling!r}."
-            )
+        check_arguments(self.weights, self.pooling)
 
     def build(self, make_stem, make_stage):
         """Returns the model.
@@ -349,13 +342,9 @@ class _Network:
                 `_Stage`.
         """
         stem = STEMS[self.stem]
-        if self.input_tensor is None:
-            size = stem.image_size if self.include_top else None
-            inputs = x = keras.Input(self.input_shape or (size, size, 3))
-        else:
-            x = self.input_tensor
-            inputs = keras.utils.get_source_inputs(x)
-            inputs = inputs[0] if len(inputs) == 1 else inputs
+        size = stem.image_size if self.include_top else None
+        shape = self.input_shape or (size, size, 3)
+        inputs, x = model_input(self.input_tensor, shape)
         layers = [
             self.conv(self.channels[0], stem.kernel_size, stem.strides),
             batch_norm(),
@@ -374,31 +363,17 @@ class _Network:
                 preactivation=i > 0,
             )
             x = make_stage(x, stage)
-        model = keras.Model(inputs, self._head(x, stem), name=self.name)
-        if self.weights is not None:
-            model.load_weights(self.weights)
-        return model
-
-    def _head(self, x, stem):
         x = batch_norm(name="final_bn")(x)
         x = keras.layers.ReLU(name="final_relu")(x)
-        if self.include_top or self.pooling == "avg":
-            x = keras.layers.GlobalAveragePooling2D("channels_last", name="avg_pool")(x)
-        elif self.pooling == "max":
-            x = keras.layers.GlobalMaxPooling2D("channels_last", name="max_pool")(x)
-        if not self.include_top:
-            return x
-        return keras.layers.Dense(
+        x = head(
+            x,
+            self.include_top,
+            self.pooling,
             stem.classes if self.classes is None else self.classes,
-            activation=self.classifier_activation,
-            kernel_initializer=keras.initializers.VarianceScaling(
-                1.0, "fan_in", "uniform"
-            ),
-            kernel_regularizer=self.kernel_regularizer,
-            # Probabilities need full precision, also under a mixed policy.
-            dtype=keras.config.dtype_policy().variable_dtype,
-            name="predictions",
-        )(x)
+            self.classifier_activation,
+            self.kernel_regularizer,
+        )
+        return finished(keras.Model(inputs, x, name=self.name), self.weights)
 
     def conv(self, filters, kernel_size, strides=1):
         """Returns a `Conv2D` without bias, initialized as in the authors' code."""
