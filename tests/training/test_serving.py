@@ -139,12 +139,31 @@ class Server:
         )
 
 
+@contextlib.contextmanager
+def serving(folders, log):
+    started = Server(folders, log)
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.process.terminate()
+        started.process.wait(60)
+
+
 @pytest.fixture(scope="module")
-def server(run, live, digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
+def server(run, tmp_path_factory):
+    """The server of the run."""
     folders = {"digits": run / "export" / "1"}
+    with serving(folders, tmp_path_factory.mktemp("served") / "log") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def live_server(live, digits, tmp_path_factory):
+    """The server of the live models."""
+    folder = tmp_path_factory.mktemp("served")
+    folders = {name: folder / name / "1" for name in live}
     for name, model in live.items():
-        folders[name] = folder / name / "1"
         folders[name].parent.mkdir()
         export_saved_model(
             model,
@@ -152,13 +171,8 @@ def server(run, live, digits, tmp_path_factory):
             class_names=digits.class_names,
             decode=decode_image(digits.image_shape),
         )
-    started = Server(folders, folder / "log")
-    try:
-        started.wait()
+    with serving(folders, folder / "log") as started:
         yield started
-    finally:
-        started.process.terminate()
-        started.process.wait(60)
 
 
 @pytest.mark.thorough
@@ -187,12 +201,13 @@ def test_accuracy_over_http_is_that_of_the_run(server, run, digits):
         assert row["class"] == np.argmax(row["predictions"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["mixed", "mirrored", "blocks"])
 def test_every_kind_of_model_answers_over_http_as_it_does_live(
-    server, live, digits, name
+    live_server, live, digits, name
 ):
     x = digits.test_images[:40]
-    status, answer = server.predict(name, x.tolist())
+    status, answer = live_server.predict(name, x.tolist())
     assert status == 200
     got = [row["predictions"] for row in answer["predictions"]]
     # (`predict` would ask both replicas, which have moving statistics of their own.)
