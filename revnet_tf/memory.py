@@ -212,6 +212,7 @@ def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
             batch = _largest_batch(
                 functools.cache(lambda size: peak(0, size)), batch_size, budget_bytes
             )
+            batch = batch or _largest_patch(model, budget_bytes)
             raise ValueError(
                 f"budget_bytes={budget_bytes:,} is below the minimum of {minimum:,} "
                 f"for batch_size={batch_size}; {batch}"
@@ -252,15 +253,48 @@ def split_large_region() -> None:
 
 
 def _largest_batch(peak, batch_size, budget_bytes):
-    """Returns a text that names the largest batch within a budget."""
+    """Returns a text that names the largest batch within a budget, or `None`."""
     if batch_size == 1 or peak(1) > budget_bytes:
-        return "not even a batch of 1 fits."
+        return None
     # The peak is nearly linear in the batch size.
     a_sample = (peak(batch_size) - peak(1)) / (batch_size - 1)
     fits = int(1 + (budget_bytes - peak(1)) / a_sample)
     while peak(fits) > budget_bytes:
         fits -= max(1, fits // 50)
     return f"a batch of {fits} fits."
+
+
+def _largest_patch(model, budget_bytes):
+    """Returns a text that names the largest patch within a budget, in a batch of 1.
+
+    All sizes shrink by about the same factor. Networks with levels need multiples of a
+    power of two, so the sizes stay multiples of 16, or of a common divisor below.
+    """
+    _, *sizes, channels = model.inputs[0].shape
+    step = math.gcd(16, *sizes) if sizes and len(model.inputs) == 1 else 0
+
+    def patch(tenths):
+        return [max(step, size * tenths // 10 // step * step) for size in sizes]
+
+    def peak(sizes):
+        inputs = keras.Input((*sizes, channels), dtype=model.inputs[0].dtype)
+        smaller = keras.models.clone_model(model, input_tensors=inputs)
+        for layer in recomputing_layers(smaller):
+            layer.recompute = True
+        shapes = [[v.shape for v in m.variables] for m in (model, smaller)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("The weights of the model depend on the size.")
+        return math.ceil(PLAN_MARGIN * estimate(smaller, 1).peak_bytes)
+
+    for tenths in range(9, 0, -1) if step else ():
+        try:
+            fits = peak(patch(tenths)) <= budget_bytes
+        except (ValueError, TypeError, tf.errors.OpError):
+            break
+        if fits:
+            patch = "x".join(map(str, patch(tenths)))
+            return f"not even a batch of 1 fits. A patch of {patch} fits."
+    return "not even a batch of 1 fits."
 
 
 def _traced(model, batch_size):
