@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from revnet_tf import _coupling
+from revnet_tf import _coupling, _xla
 from revnet_tf._functional import CallArguments, Variables
 from revnet_tf._layer import PairLayer, RunLayer
 from revnet_tf._pair import Pair, Pairs, Shape, stream_shapes
@@ -202,6 +202,41 @@ class Projection(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
+class MaxPooling(keras.layers.Layer):
+    """Halves all sizes: the largest value of each window of two pixels a side.
+
+    For the gradient of its max-pooling, XLA for CPUs makes an index tensor for each
+    dimension. There the layer compares pairs of pixels, one axis after the other. The
+    axes are in the order in which equal values have the same gradient. TensorFlow has
+    no max-pooling of volumes in float64, either.
+
+    Input shape:
+        `(batch, *sizes, channels)` with one, two or three even sizes.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        if not _xla.is_traced() and (
+            len(inputs.shape) < 5 or inputs.dtype != tf.float64
+        ):
+            return tf.nn.max_pool(inputs, 2, 2, "VALID")
+        for axis in reversed(range(1, len(inputs.shape) - 1)):
+            shape = known_shape(inputs)
+            shape[axis : axis + 1] = [shape[axis] // 2, 2]
+            inputs = tf.maximum(*tf.unstack(tf.reshape(inputs, shape), 2, axis + 1))
+        return inputs
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        batch_size, *sizes, channels = input_shape
+        return batch_size, *(size and size // 2 for size in sizes), channels
+
+
+def known_shape(x):
+    """Returns the sizes of a tensor as a list: ints, and tensors for open ones."""
+    sizes = zip(x.shape.as_list(), tf.unstack(tf.shape(x)), strict=True)
+    return [open_size if size is None else size for size, open_size in sizes]
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
 class LinearUpsampling(keras.layers.Layer):
     """Doubles all sizes by linear interpolation, bilinear or trilinear.
 
@@ -234,11 +269,9 @@ def _doubled(x, axis):
     # Each output lies at a quarter of the way from one input to the next.
     quarter = 0.25 * (x[(*every, slice(1, None))] - x[(*every, slice(-1))])
     pair = tf.stack([x - tf.pad(quarter, before), x + tf.pad(quarter, after)], axis + 1)
-    known, shape = x.shape.as_list(), tf.unstack(tf.shape(x))
-    shape = [size or open_size for size, open_size in zip(known, shape, strict=True)]
-    known[axis] = known[axis] and 2 * known[axis]
+    shape = known_shape(x)
     shape[axis] = 2 * shape[axis]
-    return tf.ensure_shape(tf.reshape(pair, shape), known)
+    return tf.reshape(pair, shape)
 
 
 @keras.saving.register_keras_serializable("revnet_tf")

@@ -17,6 +17,7 @@ from revnet_tf.models._ends import check_arguments, finished, model_input
 from revnet_tf.models._levels import (
     CutToSize,
     LinearUpsampling,
+    MaxPooling,
     PaddingToMultiple,
     Projection,
     Readout,
@@ -135,7 +136,7 @@ class _Levels:
         self._regularizer = {"kernel_regularizer": kernel_regularizer}
 
     def conv(self, filters, kernel_size, **kwargs):
-        return self._of_rank("Conv")(
+        return getattr(keras.layers, f"Conv{self._rank}D")(
             filters,
             kernel_size,
             padding="same",
@@ -156,7 +157,7 @@ class _Levels:
 
     def down(self, channels, filters, name):
         """Returns the step to the next level: max-pooling and a projection."""
-        pool = self._of_rank("MaxPooling")(2, data_format="channels_last")
+        pool = MaxPooling()
         project = Projection(filters, 2, **self._regularizer)
         streams = self._streams(channels)
         layer = keras.Model(streams, project([pool(x) for x in streams]))
@@ -201,9 +202,6 @@ class _Levels:
         return keras.layers.GroupNormalization(
             -1 if self._norm == "instance" else groups, epsilon=1e-5
         )
-
-    def _of_rank(self, name):
-        return getattr(keras.layers, f"{name}{self._rank}D")
 
 
 def _per_level(num_blocks, channels, argument):
