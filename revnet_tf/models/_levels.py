@@ -207,18 +207,17 @@ class MaxPooling(keras.layers.Layer):
 
     For the gradient of its max-pooling, XLA for CPUs makes an index tensor for each
     dimension. There the layer compares pairs of pixels, one axis after the other. The
-    axes are in the order in which equal values have the same gradient. TensorFlow has
-    no max-pooling of volumes in float64, either.
+    axes are in the order in which equal values have the same gradient. TensorFlow for
+    CPUs pools volumes in float32 and bfloat16 only; the layer compares pairs otherwise.
 
     Input shape:
         `(batch, *sizes, channels)` with one, two or three even sizes.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        if not _xla.is_traced() and (
-            len(inputs.shape) < 5 or inputs.dtype != tf.float64
-        ):
-            return tf.nn.max_pool(inputs, 2, 2, "VALID")
+        has_kernel = len(inputs.shape) < 5 or inputs.dtype in (tf.float32, tf.bfloat16)
+        if has_kernel and not _xla.is_traced():
+            return keras.ops.max_pool(inputs, 2, 2, "valid", "channels_last")
         for axis in reversed(range(1, len(inputs.shape) - 1)):
             shape = known_shape(inputs)
             shape[axis : axis + 1] = [shape[axis] // 2, 2]
