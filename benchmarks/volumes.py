@@ -12,8 +12,11 @@ It comes in three kinds: `RevUNet`, the same with ordinary backpropagation
   The largest and the smallest size of a volume differ by 8 at most.
 - Rows `depth`: the activation bytes of a volume of 64^3 voxels. Figures with XLA are
   those that the compiler assigns.
-- Rows `time`: the median of the seconds of a step and of a forward pass, for a volume
-  of 64^3 voxels. The kinds alternate in one process.
+- Rows `time`: the medians of the seconds and of the CPU seconds of a step and of a
+  forward pass, for a volume of 64^3 voxels. The kinds alternate in one process.
+
+The script skips measurements that have a row in volumes.csv. All of them take some 20
+minutes on two idle CPU cores.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import statistics
 import time
 
 from benchmarks import processes
-from benchmarks.provenance import FOLDER, IMAGES, table
+from benchmarks.provenance import FOLDER, IMAGES
 
 BUDGET_BYTES = 2**30
 CHANNELS = 16, 32, 64, 128
@@ -98,7 +101,8 @@ def largest(kind, num_blocks):
     return near_cube(fits), peak(fits)
 
 
-def seconds(num_blocks):
+@functools.cache
+def step_seconds(num_blocks):
     """Returns the medians of a step of each kind, and of a forward pass."""
     import numpy as np
 
@@ -115,31 +119,58 @@ def seconds(num_blocks):
         call()
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             call()
-            found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in found.items()}
+            end = time.perf_counter(), time.process_time()
+            found[name].append((end[0] - start[0], end[1] - start[1]))
+    return {
+        name: [statistics.median(column) for column in zip(*values, strict=True)]
+        for name, values in found.items()
+    }
+
+
+def cells():
+    """Yields question, kind, mode and number of blocks of each measurement."""
+    for num_blocks in (2, 4):
+        for kind in KINDS:
+            yield "largest", kind, "graph", num_blocks
+    for mode in ("graph", "xla"):
+        for num_blocks in (1, 2, 4, 8):
+            yield "depth", "revunet", mode, num_blocks
+    yield from (("time", kind, "graph", 2) for kind in (*KINDS, "forward"))
+
+
+def answer(question, kind, mode, num_blocks):
+    """Returns the sizes of a volume, bytes, seconds and CPU seconds."""
+    cube = (SIZE,) * 3
+    if question == "largest":
+        return *largest(kind, num_blocks), "", ""
+    if question == "depth":
+        return cube, measured(kind, num_blocks, mode, cube)[1], "", ""
+    return cube, "", *(f"{s:.4g}" for s in step_seconds(num_blocks)[kind])
 
 
 def sweep():
-    columns = "question", "kind", "mode", "num_blocks", "sizes", "voxels", "bytes"
-    with table("volumes.csv", [*columns, "seconds"]) as add:
+    from benchmarks.provenance import provenance
 
-        def row(question, kind, mode, num_blocks, sizes, *values):
-            shown = "x".join(map(str, sizes))
-            add(question, kind, mode, num_blocks, shown, math.prod(sizes), *values)
-
-        cube = (SIZE,) * 3
-        for num_blocks in (2, 4):
-            for kind in KINDS:
-                sizes, peak = largest(kind, num_blocks)
-                row("largest", kind, "graph", num_blocks, sizes, peak, "")
-        for mode in ("graph", "xla"):
-            for num_blocks in (1, 2, 4, 8):
-                found = measured("revunet", num_blocks, mode, cube)[1]
-                row("depth", "revunet", mode, num_blocks, cube, found, "")
-        for kind, median in seconds(2).items():
-            row("time", kind, "graph", 2, cube, "", f"{median:.4g}")
+    path, rows = FOLDER / "volumes.csv", []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    for values in cells():
+        keys = "question", "kind", "mode", "num_blocks"
+        cell = dict(zip(keys, map(str, values), strict=True))
+        if any(cell.items() <= row.items() for row in rows):
+            continue
+        sizes, *figures = answer(*values)
+        volume = {"sizes": "x".join(map(str, sizes)), "voxels": math.prod(sizes)}
+        figures = zip(("bytes", "seconds", "cpu_seconds"), figures, strict=True)
+        rows.append({**provenance(), **cell, **volume, **dict(figures)})
+        print(*rows[-1].values(), flush=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 NAMES = {
