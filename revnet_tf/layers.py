@@ -360,7 +360,8 @@ class PoolingShortcut(keras.layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         x = inputs
         if self.strides > 1:
-            x = tf.nn.avg_pool(x, self.strides, self.strides, "SAME")
+            size = self.strides
+            x = keras.ops.average_pool(x, size, size, "same", "channels_last")
         extra = self.filters - x.shape[-1]
         if extra:
             before = [[0, 0]] * (len(x.shape) - 1)

@@ -14,6 +14,7 @@ The figures leave out the memory of Python, of TensorFlow itself and of the inpu
 pipeline.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -184,7 +185,8 @@ def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
 
     Raises:
         ValueError: the budget is below the need of a step that recomputes all blocks,
-            or the model has no reversible layer.
+            or the model has no reversible layer. The message names the largest batch
+            that fits, or the largest patch in a batch of 1.
     """
     _, _, calls = _traced(model, batch_size)
     layers = list(dict.fromkeys(calls.values()))
@@ -212,6 +214,7 @@ def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
             batch = _largest_batch(
                 functools.cache(lambda size: peak(0, size)), batch_size, budget_bytes
             )
+            batch = batch or _largest_patch(model, budget_bytes)
             raise ValueError(
                 f"budget_bytes={budget_bytes:,} is below the minimum of {minimum:,} "
                 f"for batch_size={batch_size}; {batch}"
@@ -252,15 +255,52 @@ def split_large_region() -> None:
 
 
 def _largest_batch(peak, batch_size, budget_bytes):
-    """Returns a text that names the largest batch within a budget."""
+    """Returns a text that names the largest batch within a budget, or `None`."""
     if batch_size == 1 or peak(1) > budget_bytes:
-        return "not even a batch of 1 fits."
+        return None
     # The peak is nearly linear in the batch size.
     a_sample = (peak(batch_size) - peak(1)) / (batch_size - 1)
     fits = int(1 + (budget_bytes - peak(1)) / a_sample)
     while peak(fits) > budget_bytes:
         fits -= max(1, fits // 50)
     return f"a batch of {fits} fits."
+
+
+def _largest_patch(model, budget_bytes):
+    """Returns a text that names the largest patch within a budget, in a batch of 1.
+
+    All sizes shrink by about one factor. Networks with levels need multiples of a power
+    of two: the sizes stay multiples of 16, or of a common divisor below.
+    """
+    nothing = "not even a batch of 1 fits."
+    if len(model.inputs) > 1 or len(model.inputs[0].shape) < 3:
+        return nothing
+    _, *sizes, channels = model.inputs[0].shape
+    step = math.gcd(16, *sizes)
+    patches = dict.fromkeys(
+        tuple(size * tenths // 10 // step * step for size in sizes)
+        for tenths in range(1, 10)
+    )
+    patches = [patch for patch in patches if 0 not in patch]
+
+    def peak(patch):
+        inputs = keras.Input((*patch, channels), dtype=model.inputs[0].dtype)
+        smaller = keras.models.clone_model(model, input_tensors=inputs)
+        if [v.shape for v in smaller.variables] != [v.shape for v in model.variables]:
+            raise ValueError("The weights depend on the size.")
+        if getattr(model, "compiled", False):
+            optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+            smaller.compile(optimizer, jit_compile=model.jit_compile)
+        return math.ceil(PLAN_MARGIN * estimate(smaller, 1).peak_bytes)
+
+    try:
+        num_fitting = bisect.bisect_right(patches, budget_bytes, key=peak)
+    except (TypeError, ValueError, tf.errors.OpError):
+        return nothing  # The model does not take other sizes.
+    if not num_fitting:
+        return nothing
+    patch = "x".join(map(str, patches[num_fitting - 1]))
+    return f"{nothing[:-1]}, but a patch of {patch} does."
 
 
 def _traced(model, batch_size):

@@ -13,7 +13,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
 
 @keras.saving.register_keras_serializable("revnet_tf")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras's layer, with TensorFlow's fused operation for batches of images.
+    """Keras's layer, with TensorFlow's fused operation for inputs of any rank.
 
     The values are those of `keras.layers.BatchNormalization`. The gradient needs less
     memory: three tensors of the size of the layer's input, two inputs and one output.
@@ -23,7 +23,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     - synchronized replicas, renormalization, or a mask;
     - float64;
-    - an input whose rank is not 4, or an axis other than the last one;
+    - an axis other than the last one;
     - XLA, which computes the variance of the fused operation as a difference of two
       large values.
 
@@ -39,8 +39,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> tf.Tensor:
         if not (training and self.trainable) or not self._is_fusible(inputs, mask):
             return super().call(inputs, training=training, mask=mask)
+        # The operation takes images. Volumes and sequences become images of one pixel.
+        is_image = len(inputs.shape) == 4
+        x = inputs if is_image else tf.reshape(inputs, [-1, 1, 1, inputs.shape[-1]])
         y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs,
+            x=x,
             scale=self._float32(self.gamma, 1.0),
             offset=self._float32(self.beta, 0.0),
             mean=[],
@@ -50,7 +53,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         # The operation returns the variance divided by `count - 1`. Moving statistics
         # follow the variance divided by `count`. For one value it may be 0 / 0.
-        count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:-1]), "float32")
+        count = tf.cast(tf.reduce_prod(tf.shape(x)[:-1]), "float32")
         variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
         for moving, new in (
             (self.moving_mean, mean),
@@ -58,6 +61,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ):
             old = tf.cast(moving, "float32")
             moving.assign(old * self.momentum + new * (1.0 - self.momentum))
+        if not is_image:
+            y = tf.reshape(y, tf.shape(inputs))
         # Without this, TensorFlow's graph optimizer fuses the operation with a ReLU
         # after it, and stores a mask. The allocator wastes memory on the mask's odd
         # size.
@@ -66,8 +71,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _is_fusible(self, inputs, mask):
         return (
-            len(inputs.shape) == 4
-            and self.axis in (-1, 3)
+            self.axis in (-1, len(inputs.shape) - 1)
             and inputs.dtype in _DTYPES
             and mask is None
             and not self.synchronized

@@ -492,7 +492,12 @@ def test_downsampling_block_refuses_shapes_that_do_not_agree():
 @pytest.mark.parametrize("sizes", [(5,), (4, 5), (2, 3, 5)])
 def test_pooling_shortcut_averages_in_one_two_and_three_dimensions(sizes):
     x = tf.random.stateless_normal((2, *sizes, 3), (0, 1))
-    y = PoolingShortcut(6, 2)(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = PoolingShortcut(6, 2)(x)
+    # The weights of each mean add up to 1, and 3 of 6 channels are means.
+    d_sum = tf.reduce_sum(tape.gradient(y, x))
+    np.testing.assert_allclose(d_sum, np.prod(y.shape) / 2, rtol=1e-5)
     # By hand: the mean of the first window, between channels of zeros.
     first = x[(slice(None), *[slice(2)] * len(sizes))]
     axes = list(range(1, len(sizes) + 1))

@@ -202,6 +202,25 @@ def test_a_budget_below_a_batch_of_one_is_refused():
         memory.plan(dense_model(1), 4, 100)
 
 
+def test_a_budget_below_a_batch_of_one_names_the_largest_patch_that_fits():
+    def model(*sizes, flatten=False):
+        branches = [keras.layers.Conv2D(8, 3, padding="same") for _ in range(2)]
+        inputs = keras.Input((*sizes, 16))
+        x = RevBlock(*branches)(inputs)
+        if flatten:
+            x = keras.layers.Dense(1)(keras.layers.Flatten()(x))
+        model = keras.Model(inputs, x)
+        model.compile("adam", "mse", jit_compile=False)
+        return model
+
+    budget = int(1.15 * memory.estimate(model(96, 48), 1).peak_bytes) + 1
+    with pytest.raises(ValueError, match="a patch of 96x48 does"):
+        memory.plan(model(160, 80), 2, budget)
+    # The weights of a dense layer depend on the size of the image.
+    with pytest.raises(ValueError, match="not even a batch of 1 fits.$"):
+        memory.plan(model(160, 80, flatten=True), 1, budget)
+
+
 def test_a_plan_takes_effect_in_a_model_that_has_been_trained():
     model = dense_model(2)
     model.compile("sgd", "mse", jit_compile=False)

@@ -57,6 +57,16 @@ def test_values_gradients_and_statistics_are_those_of_keras(run, options):
     assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 3), (4, 6, 3), (2, 3, 4, 5, 3)], ids=len)
+def test_inputs_of_every_rank_are_those_of_keras_and_one_operation(shape):
+    x = 3 + 2 * images(*shape)
+    ours, keras_layer = pair(shape)
+    expected = results(keras_layer, x, tf.function)
+    assert_close(results(ours, x, tf.function), expected, rtol=2e-5, atol=2e-5)
+    open_sizes = [None] * (len(shape) - 1)
+    assert types(ours, [*open_sizes, 3]).count("FusedBatchNormGradV3") == 1
+
+
 def test_a_mean_far_above_the_deviation_costs_no_more_digits_than_with_keras(run):
     x = 1000 + 0.1 * images(8, 4, 4, 3)
     ours, keras_layer = pair(x.shape)
@@ -99,14 +109,15 @@ def test_the_variance_of_a_single_value_is_zero():
     np.testing.assert_allclose(ours.moving_variance, 0.9 * before, rtol=1e-6)
 
 
+def types(layer, shape=(4, 5, 6, 3)):
+    """Returns the kinds of the operations of a training pass."""
+    function = tf.function(lambda x: results(layer, x))
+    graph = function.get_concrete_function(tf.TensorSpec(shape)).graph
+    return [op.type for op in graph.get_operations()]
+
+
 def test_the_gradient_is_one_operation():
     ours, keras_layer = pair()
-
-    def types(layer):
-        function = tf.function(lambda x: results(layer, x))
-        graph = function.get_concrete_function(tf.TensorSpec((4, 5, 6, 3))).graph
-        return [op.type for op in graph.get_operations()]
-
     assert types(ours).count("FusedBatchNormGradV3") == 1
     assert "SquaredDifference" not in types(ours)
     assert "SquaredDifference" in types(keras_layer)
