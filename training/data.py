@@ -21,7 +21,7 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True, run_dir=None)
         skip_corrupt: bool, whether to leave out and count images that cannot be read or
             decoded. Otherwise they end the run.
         download: bool, as for `prepared.builder`.
-        run_dir: path of the run folder, which stores decompressed volumes.
+        run_dir: path of the run folder. It stores decompressed volumes, which need it.
 
     Raises:
         ValueError: as for `prepared.builder`, `folder.load` or `volumes.load`, or the

@@ -73,7 +73,9 @@ def _opened(file, num_channels):
         nib.filebasedimages.ImageFileError,
         nib.spatialimages.HeaderDataError,
     ) as error:
-        raise OSError(f"{file} is no NIfTI file, or damaged: {error}") from error
+        raise OSError(
+            f"{file} is no NIfTI file, or damaged: {error}; bring back a copy."
+        ) from error
     if not isinstance(image, nib.Nifti1Pair):
         raise OSError(f"{file} is no NIfTI file; convert it.")
     if image.get_data_dtype().kind not in "iuf":
@@ -136,7 +138,9 @@ def voxels(file, image, dtype=np.float32):
     try:
         array = np.asarray(image.dataobj, dtype)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise OSError(f"{file} is damaged or cut: {error}") from error
+        raise OSError(
+            f"{file} is damaged or cut: {error}; bring back a copy."
+        ) from error
     if bad := array.size - np.count_nonzero(np.isfinite(array)):
         raise ValueError(
             f"{file}: expected finite voxels, found {bad:,} that are NaN or infinite; "

@@ -494,8 +494,8 @@ def _labels(labels):
         found = dict(labels)
     values = list(found.values())
     whole = all(type(value) is int and 0 <= value for value in values)
-    distinct = len(set(values)) == len(values) == len(labels) and 0 in values
-    if not (whole and distinct and 2 <= len(values) < UNLABELED):
+    distinct = whole and len(set(values)) == len(labels) and 0 in values
+    if not (distinct and 2 <= len(values) < UNLABELED):
         raise ValueError(
             f"the labels {labels} (they need one whole number for each of 2 to 254 "
             "classes, with 0 for the background)"

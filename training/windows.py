@@ -59,7 +59,13 @@ class SlidingWindow(keras.layers.Layer):
         self.network = network
         self.normalization = normalization
         self.window = network.input_shape[1:4]
+        self.channels = network.input_shape[4]
         self.classes = network.output_shape[-1]
+        self._row = tf.function(
+            lambda slab: self._blend(slab, axis=2),
+            [tf.TensorSpec((1, None, None, None, self.channels))],
+            autograph=False,
+        )
 
     def build(self, input_shape):
         self.built = True  # The network is.
@@ -102,15 +108,11 @@ class SlidingWindow(keras.layers.Layer):
             blended[:-done] = blended[done:]
             blended[-done:] = 0
 
-    @tf.function(reduce_retracing=True, autograph=False)
-    def _row(self, slab):
-        return self._blend(slab, axis=2)
-
     def _blend(self, volume, axis):
         """Returns the probabilities of a volume that has the size of a window before
         `axis`, blended over the windows along `axis` and the axes after it."""
         if axis == 4:
-            window = tf.ensure_shape(volume, (1, *self.window, volume.shape[-1]))
+            window = tf.ensure_shape(volume, (1, *self.window, self.channels))
             logits = self.network(window, training=False)
             return tf.nn.softmax(tf.cast(logits, tf.float32))
         window, shape = self.window[axis - 1], tf.unstack(tf.shape(volume))

@@ -102,7 +102,7 @@ def test_labels_lie_on_their_volume_in_every_orientation(run, tmp_path, capsys):
         pairs = dict(
             zip(
                 np.asarray(given.dataobj).flat,
-                found.dataobj.get_unscaled().flat,
+                np.asarray(found.dataobj).flat,
                 strict=True,
             )
         )
@@ -122,7 +122,7 @@ def test_volume_of_any_size_is_predicted(run, tmp_path, shape):
     predict.main([str(run), *files, "--output", str(tmp_path / "out")])
     found = nib.as_closest_canonical(nib.load(tmp_path / "out" / "a.nii.gz"))
     assert found.shape == shape
-    assert np.flatnonzero(found.dataobj.get_unscaled() == 7).tolist() == (
+    assert np.flatnonzero(np.asarray(found.dataobj) == 7).tolist() == (
         [np.ravel_multi_index((0, shape[1] - 1, shape[2] - 1), shape)]
     )
 

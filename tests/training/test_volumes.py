@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -242,7 +243,7 @@ DAMAGES = {
     ),
     "label in another place": (lambda f: turned(f, LABEL, 90), "expected the place of"),
     "cut image": (lambda f: cut(f, IMAGE), f"{IMAGE} is damaged or cut"),
-    "cut label": (lambda f: cut(f, LABEL), f"{LABEL} is damaged or cut"),
+    "cut label": (lambda f: cut(f, LABEL), f"{LABEL} is .* damaged"),
     "cut inside": (lambda f: cut_inside(f, IMAGE), f"{IMAGE} is damaged or cut"),
     "no volume": (
         lambda f: (f / IMAGE).write_text("no volume"),
@@ -327,9 +328,9 @@ def test_data_set_of_volumes_needs_a_unet():
     with pytest.raises(ValueError, match="dataset='digits': a RevUNet needs"):
         RECIPES["brain_revunet"].replace(dataset="digits")
     with pytest.raises(ValueError, match="give it as --data-dir"):
-        data.load(RECIPE)
+        data.load(RECIPE, run_dir=Path("run"))
     with pytest.raises(ValueError, match="part of nilearn; leave --data-dir out"):
-        data.load(RECIPES["brain_revunet"], ".")
+        data.load(RECIPES["brain_revunet"], ".", run_dir=Path("run"))
 
 
 def logits_of(labels, classes, score=30.0):
