@@ -21,6 +21,7 @@ Three rules make this save memory:
 Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -112,6 +113,40 @@ class Transition(NamedTuple):
         dx2 += pull([d1])[0]
         (x1,), _, pull = again(self.shortcut1, [x1], after=[dx2])
         return [x1, x2], [*pull([d1]), dx2]
+
+
+class Skip(NamedTuple):
+    """The end of a skip connection. It stores `z`, and reconstructs `x1, x2`.
+
+        forward    (y1, y2) = (x1, x2) + function(z)
+        inverse    (x1, x2) = (y1, y2) - function(z)
+
+    The run that computed `x1, x2` then holds nothing between its forward and its
+    backward pass.
+    """
+
+    function: Callable
+    fraction_bits: int | None = None
+    elementary: bool = False
+
+    def forward(self, call, x1, x2, *z):
+        changes = call(self.function, z)
+        outputs = [
+            add(x, change, self.fraction_bits, self.elementary)
+            for x, change in zip([x1, x2], changes, strict=True)
+        ]
+        return outputs, z
+
+    def backward(self, again, stored, outputs, gradients, reconstruct=True):
+        z, changes, pull = again(self.function, stored, after=gradients)
+        x = [None, None]
+        if reconstruct:
+            x = [
+                subtract(y, change, self.fraction_bits)
+                for y, change in zip(outputs, changes, strict=True)
+            ]
+            gradients = wait(x, gradients)
+        return [*x, *z], [*gradients, *pull(gradients)]
 
 
 class Recompute(NamedTuple):
@@ -236,7 +271,7 @@ class Step(NamedTuple):
             with the true inputs, which the run then stores.
     """
 
-    block: Coupling | Transition | Recompute
+    block: Coupling | Transition | Skip | Recompute
     weights: Sequence[int] = ()
     state: Sequence[int] = ()
     traces: dict | None = None
@@ -301,6 +336,12 @@ class Handoff:
             self._graph = tf.compat.v1.get_default_graph()
             self._given = streams, gradients, joined, last
 
+    def current(self):
+        """Returns the streams: those that a run gave back, or else those it holds."""
+        if self._graph is not tf.compat.v1.get_default_graph():
+            return self.streams
+        return self._given[0]
+
     def take(self, joined):
         """Returns the streams, the gradients with that join, and the last ones."""
         if self._graph is not tf.compat.v1.get_default_graph():
@@ -311,6 +352,34 @@ class Handoff:
         if any(a is not b for a, b in zip(given, joined, strict=True)):
             gradients = self.pair.split(joined)
         return streams, gradients, last
+
+
+class Handoffs(NamedTuple):
+    """The handoffs of several runs, whose outputs are the inputs of one run."""
+
+    parts: Sequence[Handoff]
+
+    @property
+    def streams(self):
+        return [stream for part in self.parts for stream in part.streams]
+
+    @property
+    def needed(self):
+        return any(part.needed for part in self.parts)
+
+    def current(self):
+        return [stream for part in self.parts for stream in part.current()]
+
+    def give_back(self, streams, gradients, joined, last):
+        streams, gradients, joined = map(iter, (streams, gradients, joined))
+        for part in self.parts:
+            count = len(part.streams)
+            part.give_back(
+                [*itertools.islice(streams, count)],
+                [*itertools.islice(gradients, count)],
+                [*itertools.islice(joined, part.num_outputs)],
+                last,
+            )
 
 
 class Result(NamedTuple):
@@ -350,11 +419,9 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
             # Otherwise an outer tape stores all tensors of the run.
             arguments = [tf.stop_gradient(t) for t in arguments]
         inputs_, weights = arguments[: len(inputs)], arguments[len(inputs) :]
-        streams = received.streams if received else pair_in.split(inputs_)
+        first = received.streams if received else pair_in.split(inputs_)
         with tf.GradientTape() as tape:  # shows which variables are read
-            streams, new_state, losses, stored = _forward(
-                steps, streams, weights, state
-            )
+            streams, new_state, losses, stored = _forward(steps, first, weights, state)
         _refuse_foreign_variables(tape.watched_variables())
         outputs, flat_losses = pair_out.join(streams), tf.nest.flatten(losses)
         needed = not isinstance(steps[-1].block, Recompute)
@@ -369,8 +436,9 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
             d_losses = tf.nest.pack_sequence_as(losses, gradients[count + 1 :])
             streams, d_streams, last = handoff.take(d_outputs)
             needed = bool(received and received.needed)
+            found = _with_current_inputs(stored, first, received)
             streams, d_streams, d_weights, last = _backward(
-                steps, stored, weights, d_losses, streams, d_streams, last, needed
+                steps, found, weights, d_losses, streams, d_streams, last, needed
             )
             # TensorFlow does not save a custom gradient inside of another one. It
             # differentiates a loaded gradient in the ordinary way, which is right.
@@ -411,6 +479,18 @@ def _forward(steps, streams, weights, state):
         losses.append(step_losses)
         stored.append((step_stored, inputs))
     return streams, state, losses, stored
+
+
+def _with_current_inputs(stored, inputs, received):
+    """Returns what blocks stored. Inputs that were given back replace stored ones.
+
+    A run that is called on the same inputs may have reconstructed them. The run before
+    then need not hold them.
+    """
+    ((first, states), observed), *others = stored
+    if received and list(map(id, first)) == list(map(id, inputs)):
+        first = received.current()
+    return [((first, states), observed), *others]
 
 
 def _backward(

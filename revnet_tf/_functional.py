@@ -64,9 +64,10 @@ class CallArguments(NamedTuple):
         """
         arguments = self.of(layer, stream)
 
-        def call(x, **arguments):
+        def call(*inputs, **arguments):
+            x = inputs[0] if len(inputs) == 1 else list(inputs)
             y = layer(x, training=self.training, **arguments)
-            return pair.split([tf.cast(y, x.dtype)])
+            return pair.split([tf.cast(t, inputs[0].dtype) for t in tf.nest.flatten(y)])
 
         if owner is None:
             # The identities give a sum the same order as in the recomputation. First

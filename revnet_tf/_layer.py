@@ -13,6 +13,7 @@ from revnet_tf import _coupling, _fixed_point, _functional
 from revnet_tf._functional import CallArguments, Variables
 from revnet_tf._pair import (
     Pair,
+    Pairs,
     Shape,
     Shapes,
     Tensors,
@@ -180,6 +181,12 @@ class RunLayer(keras.layers.Layer):
 
     def _received(self, inputs, pair_in):
         """Returns the handoff of the run that returned `inputs`, or `None`."""
+        if isinstance(pair_in, Pairs):
+            parts = [
+                self._received([x], pair)
+                for x, pair in zip(inputs, pair_in.pairs, strict=True)
+            ]
+            return None if None in parts else _coupling.Handoffs(parts)
         origins = [getattr(x, _ORIGIN, None) for x in inputs]
         if origins[0] is None or tf.executing_eagerly():
             return None

@@ -40,6 +40,23 @@ class Pair(NamedTuple):
         return mask, mask
 
 
+class Pairs(NamedTuple):
+    """Splits several tensors into streams. Each `Pair` splits one tensor."""
+
+    pairs: tuple
+
+    def split(self, tensors):
+        split = zip(self.pairs, tensors, strict=True)
+        return [stream for pair, tensor in split for stream in pair.split([tensor])]
+
+    def join(self, streams):
+        return [
+            tensor
+            for i, pair in enumerate(self.pairs)
+            for tensor in pair.join(streams[2 * i : 2 * i + 2])
+        ]
+
+
 def pair_of(inputs, axis):
     """Returns the `Pair` for one tensor, split on `axis`, or for a pair of tensors."""
     if isinstance(inputs, (list, tuple)):
