@@ -4,15 +4,16 @@ from training import runs, signals
 from training.command import Parser, io_errors, load_tensorflow, path
 
 
-def score(run_dir, images):
+def score(run_dir, images, draw=False):
     """Returns the scores of the run's `model.keras` on the test images, by their names.
 
-    The loss is the cross-entropy without the regularization of the training.
+    The loss is the cross-entropy without the regularization of the training. With
+    `draw`, the pictures of the test go to the run folder.
     """
     from training import export
 
     task = runs.recipe_of(run_dir).task
-    return task.evaluate(export.load(run_dir), images)
+    return task.evaluate(export.load(run_dir), images, run_dir if draw else None)
 
 
 def main(argv=None):

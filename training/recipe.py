@@ -171,12 +171,12 @@ class Task(Settings):
         """Returns the model from inputs as they are to probabilities."""
         raise NotImplementedError
 
-    def evaluate(self, model, images):
-        """Returns the scores of a serving model on the test images, by their names."""
-        raise NotImplementedError
+    def evaluate(self, model, images, run_dir=None):
+        """Returns the scores of a serving model on the test images, by their names.
 
-    def draw(self, run_dir, model, images):
-        """Draws the pictures of a run that only this task has."""
+        With a run folder, the function draws the pictures of this task there.
+        """
+        raise NotImplementedError
 
     def export_options(self, model, result):
         """Returns the arguments of `export_saved_model` for a serving model."""
@@ -237,7 +237,7 @@ class Classification(Task):
 
         return classification.serving_model(network, images)
 
-    def evaluate(self, model, images):
+    def evaluate(self, model, images, run_dir=None):
         from training import classification
 
         return classification.evaluate(self, model, images)
@@ -324,7 +324,7 @@ class Segmentation(Task):
     )
     normalization: str = setting(
         "subtract the mean and divide by the standard deviation of each channel, or "
-        "of the whole volume.",
+        "of the whole volume; voxels of intensity 0 do not count.",
         {"options": ("channel", "volume")},
         default="channel",
     )
@@ -376,15 +376,11 @@ class Segmentation(Task):
 
         return segmentation.serving_model(self, network)
 
-    def evaluate(self, model, images):
+    def evaluate(self, model, images, run_dir=None):
         from training import segmentation
 
-        return segmentation.evaluate(self, model, images)
-
-    def draw(self, run_dir, model, images):
-        from training import segmentation
-
-        segmentation.draw_slices(run_dir / "slices.png", model, images)
+        picture = run_dir and run_dir / "slices.png"
+        return segmentation.evaluate(self, model, images, picture)
 
     def export_options(self, model, result):
         from training import segmentation

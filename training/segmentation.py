@@ -84,33 +84,33 @@ def serving_model(task, network):
     return keras.Model(volume, windows(volume), name=f"{network.name}_serving")
 
 
-def evaluate(task, model, volumes):
-    """Returns the scores of a serving model on whole test volumes, by their names."""
+def evaluate(task, model, volumes, picture=None):
+    """Returns the scores of a serving model on whole test volumes, by their names.
+
+    With the path of a picture, the function draws the first volume.
+    """
     found = metrics(model.output_shape[-1], from_logits=False)
+    windows = model.layers[-1]
     for volume in volumes.test:
-        label, begin = volume.label, 0
-        for planes in _planes(model, volume):
-            truth = label[begin : begin + len(planes)]
-            begin += len(planes)
+        labels, truth = [], volume.label
+        for planes in windows.planes(volume.image, volume.mean, volume.deviation):
+            begin = sum(map(len, labels))
+            labels.append(planes.argmax(-1))
             for metric in found:
-                metric.update_state(truth, planes)
+                metric.update_state(truth[begin : begin + len(planes)], planes)
+        if picture and volume is volumes.test[0]:
+            draw_slices(picture, volumes, volume, np.concatenate(labels))
     values = {metric.name: float(metric.result()) for metric in found}
     return {name: values[key] for name, key in task.scores(volumes.class_names).items()}
 
 
-def _planes(model, volume):
-    return model.layers[-1].planes(volume.image, volume.mean, volume.deviation)
-
-
-def draw_slices(path, model, volumes):
-    """Draws image, truth and prediction of a test volume in three planes."""
+def draw_slices(path, volumes, volume, found):
+    """Draws image, truth and prediction `found` of a volume in three planes."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    volume = volumes.test[0]
     image, truth = volume.image[..., 0], np.array(volume.label)
-    found = np.concatenate([p.argmax(-1) for p in _planes(model, volume)])
     labeled = (truth != UNLABELED) & (truth > 0)
     classes = len(volumes.class_names)
     colors = ListedColormap([f"C{i % 10}" for i in range(classes)])
@@ -157,8 +157,8 @@ def draw_slices(path, model, volumes):
 
 def export_options(task, model):
     """Returns the arguments of `export_saved_model` for a serving model."""
-    # Several windows along each axis.
-    size = [n + n // 2 + 1 for n in task.patch_size]
+    # Two windows along each axis.
+    size = [n + 1 for n in task.patch_size]
     shape = (1, *size, model.input_shape[-1])
     labels = ops.cast(ops.argmax(model.output, -1), "uint8")
     return {

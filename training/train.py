@@ -170,7 +170,7 @@ def finish(run_dir, name, recipe, network, images, rows, strategy):
 
     task = recipe.task
     outputs.draw_curves(run_dir / "curves.png", rows, name, task.score, task.error)
-    scores = evaluate.score(run_dir, images)
+    scores = evaluate.score(run_dir, images, draw=True)
     result = {
         "recipe": name,
         **{f"test_{name}": value for name, value in scores.items()},
@@ -180,7 +180,6 @@ def finish(run_dir, name, recipe, network, images, rows, strategy):
         "skipped_images": len(images.corrupt),
         **images.about,
     }
-    task.draw(run_dir, export.load(run_dir), images)
     # A process that ended between the export and the result leaves an export.
     shutil.rmtree(run_dir / "export", ignore_errors=True)
     (run_dir / "export").mkdir()

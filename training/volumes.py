@@ -221,17 +221,22 @@ class Arrays:
 def statistics(image, normalization):
     """Returns mean and standard deviation of the channels of a volume, as `float32`.
 
+    Voxels of intensity 0 do not count. Many programs set the voxels outside of the head
+    to 0, and their share depends on the field of view.
+
     Args:
         image: array `(x, y, z, channels)`.
         normalization: string, `"channel"`, or `"volume"` for one mean and deviation of
             all channels.
     """
     axes = (0, 1) if normalization == "channel" else (0, 1, 2)
-    count = image.size / (image.shape[-1] if normalization == "channel" else 1)
     # Plane by plane: a `float64` copy of the volume would need much memory.
-    mean = sum(plane.sum(axis=axes, dtype=np.float64) for plane in image) / count
-    square = sum(((plane - mean) ** 2).sum(axis=axes) for plane in image) / count
-    deviation = np.where(square > 0, np.sqrt(square), 1)
+    count = np.maximum(sum(np.count_nonzero(plane, axes) for plane in image), 1)
+    mean = sum(plane.sum(axes, np.float64) for plane in image) / count
+    square = sum(
+        np.where(plane == 0, 0, (plane - mean) ** 2).sum(axes) for plane in image
+    )
+    deviation = np.where(square > 0, np.sqrt(square / count), 1)
     shape = image.shape[-1:]
     return (
         np.broadcast_to(mean, shape).astype(np.float32),

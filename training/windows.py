@@ -72,8 +72,12 @@ class SlidingWindow(keras.layers.Layer):
 
     def call(self, volume):
         axes = [1, 2, 3] if self.normalization == "channel" else [1, 2, 3, 4]
-        mean, variance = tf.nn.moments(volume, axes, keepdims=True)
-        deviation = tf.where(variance > 0, tf.sqrt(variance), 1.0)
+        # As `volumes.statistics`.
+        counts = tf.cast(volume != 0, tf.float32)
+        count = tf.maximum(tf.reduce_sum(counts, axes, keepdims=True), 1.0)
+        mean = tf.reduce_sum(volume, axes, keepdims=True) / count
+        square = tf.reduce_sum(counts * (volume - mean) ** 2, axes, keepdims=True)
+        deviation = tf.where(square > 0, tf.sqrt(square / count), 1.0)
         volume = (volume - mean) / deviation
         x, y, z = tf.unstack(tf.shape(volume)[1:4])
         missing = tf.maximum(self.window - tf.stack([x, y, z]), 0)

