@@ -401,7 +401,7 @@ def describe(progress, score):
         f"epoch {row['epoch']}  step {progress.step}/{progress.train_steps}  "
         f"loss {row['train_loss']:.4f}  {score} {row[f'train_{score}']:.4f}  "
         f"test loss {row['test_loss']:.4f}  test {score} {row[f'test_{score}']:.4f}  "
-        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.1f} images/s"
     )
 
 

@@ -45,7 +45,7 @@ class Files:
 
     @property
     def identity(self):
-        """What the arrays of the cache depend on."""
+        """The facts on which the arrays of the cache depend."""
         paths = [path.resolve() for path in (*self.images, self.label)]
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
