@@ -112,15 +112,7 @@ def load(task, data_dir, cache, skip_corrupt=False):
         prepare = functools.partial(_prepare, layout, task, spacing, cache)
         made = _first_missing(cache)
         try:
-            found = list(
-                pool.map(
-                    lambda case, size: (
-                        size if isinstance(size, str) else _trying(prepare)(case)
-                    ),
-                    cases,
-                    sizes,
-                )
-            )
+            found = list(pool.map(_trying(prepare), cases))
             corrupt = [text for text in found if isinstance(text, str)]
             if corrupt and not skip_corrupt:
                 more = " ..." if len(corrupt) > 5 else ""
