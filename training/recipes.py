@@ -131,15 +131,16 @@ RECIPES = {
             "brain",
             4,
             spacing=(2.0, 2.0, 2.0),
-            patch_size=(48, 48, 48),
-            patches_per_volume=50,
-            foreground=1.0,
+            patch_size=(32, 32, 32),
+            patches_per_volume=100,
+            # Instance normalization needs to see patches outside of the brain, too.
+            foreground=2 / 3,
             flip=True,
         ),
         Adam(weight_decay=1e-5),
         Cosine(learning_rate=3e-3, warmup_steps=20),
         global_batch_size=1,
-        train_steps=250,  # 5 epochs
+        train_steps=600,  # 6 epochs
     ),
     # The network, the optimizer and the batch size of Brügger et al., 2019,
     # https://arxiv.org/abs/1906.06148, with patches. The steps are those of nnU-Net,
