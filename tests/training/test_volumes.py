@@ -399,7 +399,7 @@ def test_brain_is_split_from_front_to_back(tmp_path):
     assert images.spacing == (2.0, 2.0, 2.0)
     for half in (back, front):
         shares = np.bincount(half.label.ravel(), minlength=4) / half.label.size
-        assert all(shares > 0.03), shares
+        assert all(shares > 0.01), shares
         # White matter is brighter than grey matter in T1.
         grey, white = (half.image[..., 0][half.label == k].mean() for k in (2, 3))
         assert white > 1.1 * grey
