@@ -1,8 +1,8 @@
 """The training program: from a recipe to a run folder.
 
-`python -m training.train` trains, `training.evaluate` scores a finished run and
-`training.export` exports it again. The program runs from a checkout, and is no part of
-the wheel.
+`python -m training.train` trains, `training.evaluate` scores a finished run,
+`training.predict` predicts with it, and `training.export` exports it again. The program
+runs from a checkout, and is no part of the wheel.
 """
 
 import os

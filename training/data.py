@@ -11,39 +11,26 @@ from training.imagenet import ImageNet
 from training.images import ImagesInMemory, held_out, resized
 
 
-def load(recipe, data_dir=None, skip_corrupt=False, download=True):
+def load(recipe, data_dir=None, skip_corrupt=False, download=True, run_dir=None):
     """Returns the `Images` of a recipe's data set.
 
     Args:
         recipe: a `Recipe`.
         data_dir: path, as for `prepared.builder`, or of the folder that holds a folder
-            of pictures.
-        download: bool, as for `prepared.builder`.
+            of pictures, or of a folder of volumes.
         skip_corrupt: bool, whether to leave out and count images that cannot be read or
             decoded. Otherwise they end the run.
+        download: bool, as for `prepared.builder`.
+        run_dir: path of the run folder. It stores decompressed volumes, which need it.
 
     Raises:
-        ValueError: as for `prepared.builder` or `folder.load`, or the data set has
-            another number of classes, or needs no `data_dir`.
-        OSError: as for `prepared.builder` or `folder.load`, or a record is corrupt.
+        ValueError: as for `prepared.builder`, `folder.load` or `volumes.load`, or the
+            data set has another number of classes, or needs no `data_dir`.
+        OSError: as for `prepared.builder`, `folder.load` or `volumes.load`, or a record
+            is corrupt.
     """
     task = recipe.task
-    if task.dataset == "digits":
-        if data_dir is not None:
-            raise ValueError(
-                f"data_dir={data_dir}: the digits are part of scikit-learn; leave "
-                "--data-dir out."
-            )
-        images = _digits(task)
-    elif task.dataset.split("/")[0] in prepared.names():
-        builder = prepared.builder(task.dataset, data_dir, download)
-        if task.dataset == "imagenet2012":
-            images = ImageNet(builder, skip_corrupt)
-        else:
-            images = _in_memory(builder, skip_corrupt, task)
-    else:
-        found = _folder(task.dataset, data_dir)
-        images = folder.load(found, task.image_size, skip_corrupt, task.test_in_mean)
+    images = task.load(data_dir, skip_corrupt, download, run_dir)
     classes = len(images.class_names)
     if task.classes not in (None, classes):
         raise ValueError(
@@ -51,6 +38,24 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
             f"use --classes {classes}, or another data set."
         )
     return images
+
+
+def load_images(task, data_dir, skip_corrupt, download):
+    """Returns the `Images` of a `Classification`; the arguments are as for `load`."""
+    if task.dataset == "digits":
+        if data_dir is not None:
+            raise ValueError(
+                f"data_dir={data_dir}: the digits are part of scikit-learn; leave "
+                "--data-dir out."
+            )
+        return _digits(task)
+    if task.dataset.split("/")[0] in prepared.names():
+        builder = prepared.builder(task.dataset, data_dir, download)
+        if task.dataset == "imagenet2012":
+            return ImageNet(builder, skip_corrupt)
+        return _in_memory(builder, skip_corrupt, task)
+    found = _folder(task.dataset, data_dir)
+    return folder.load(found, task.image_size, skip_corrupt, task.test_in_mean)
 
 
 def failure(images):

@@ -4,26 +4,16 @@ from training import runs, signals
 from training.command import Parser, io_errors, load_tensorflow, path
 
 
-def score(run_dir, images):
-    """Returns accuracy and loss of the run's `model.keras` on the test images.
+def score(run_dir, images, draw=False):
+    """Returns the scores of the run's `model.keras` on the test images, by their names.
 
-    The loss is the cross-entropy without the regularization of the training.
+    The loss is the cross-entropy without the regularization of the training. With
+    `draw`, the pictures of the test go to the run folder.
     """
-    import keras
-
     from training import export
 
-    model = export.load(run_dir)
-    model.compile(
-        loss=keras.losses.SparseCategoricalCrossentropy(),
-        weighted_metrics=[
-            keras.metrics.SparseCategoricalAccuracy("accuracy"),
-            keras.metrics.SparseCategoricalCrossentropy("cross_entropy"),
-        ],
-    )
-    batches = images.test_batches(batch_size=100, normalize=False)
-    scores = model.evaluate(batches, verbose=0, return_dict=True)
-    return scores["accuracy"], scores["cross_entropy"]
+    task = runs.recipe_of(run_dir).task
+    return task.evaluate(export.load(run_dir), images, run_dir if draw else None)
 
 
 def main(argv=None):
@@ -43,7 +33,11 @@ def main(argv=None):
         from training import data
 
         recipe = runs.recipe_of(args.run_dir)
-        images = data.load(recipe, args.data_dir, args.skip_corrupt)
+        if "spacing" in result:  # of the training volumes
+            recipe = recipe.replace(spacing=tuple(result["spacing"]))
+        images = data.load(
+            recipe, args.data_dir, args.skip_corrupt, run_dir=args.run_dir
+        )
         if images.class_names != result["class_names"]:
             raise ValueError(
                 f"{args.run_dir} was trained on other classes than those of "
@@ -52,11 +46,12 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(error)
     try:
-        accuracy, loss = score(args.run_dir, images)
+        scores = score(args.run_dir, images)
     except io_errors() as error:
         parser.fail(1, data.failure(images) or error)
-    print(f"test accuracy  {accuracy:.4f}  (recorded {result['test_accuracy']:.4f})")
-    print(f"test loss      {loss:.4f}  (recorded {result['test_loss']:.4f})")
+    for name, value in scores.items():
+        recorded = result[f"test_{name}"]
+        print(f"{f'test {name}':<14} {value:.4f}  (recorded {recorded:.4f})")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 
 from training import paths, runs, signals
 from training.command import Parser, io_errors, load_tensorflow, one_of, path
+from training.recipe import Task
 
 # The formats that are files, with the name of the file in the run folder.
 FILES = {
@@ -16,7 +17,6 @@ FILES = {
     "litert_int8": "model_int8.tflite",
     "onnx": "model.onnx",
 }
-FORMATS = ("saved_model", *FILES)
 # The ranges of int8 values change little after the first hundred images.
 NUM_REPRESENTATIVE_IMAGES = 300
 
@@ -29,28 +29,16 @@ def export(run_dir, output, result):
         output: path of the new folder.
         result: dictionary, the content of `result.json`.
     """
-    import keras
-
     from revnet_tf.export import export_saved_model
 
     model = load(run_dir)
-    # The layers of `fit.serving_model`.
-    _, normalization, network, probabilities = model.layers
-    pooled = keras.Model(network.input, network.get_layer("avg_pool").output)
-    export_saved_model(
-        model,
-        output,
-        class_names=result["class_names"],
-        signatures={
-            "logits": probabilities.input,
-            "features": pooled(normalization.output),
-        },
-        decode=runs.recipe_of(run_dir).task.decoder(model.input_shape[1:]),
-        card={
-            "recipe": runs.read_json(run_dir / "recipe.json"),
-            "result": result,
-        },
-    )
+    card = {
+        "class_names": result["class_names"],
+        "recipe": runs.read_json(run_dir / "recipe.json"),
+        "result": result,
+    }
+    options = runs.recipe_of(run_dir).task.export_options(model, result)
+    export_saved_model(model, output, card=card, **options)
 
 
 def export_file(run_dir, output, file_format, images=None):
@@ -85,7 +73,9 @@ def load(run_dir):
     """
     import keras
 
-    import revnet_tf  # noqa: F401  It registers the layers of the model.
+    # They register the layers of the models.
+    import revnet_tf  # noqa: F401
+    from training import windows  # noqa: F401
 
     path = run_dir / "model.keras"
     try:
@@ -103,10 +93,10 @@ def main(argv=None):
     parser.add_argument("run_dir", type=path, help="folder of the run.")
     parser.add_argument(
         "--format",
-        type=one_of(FORMATS),
+        type=one_of(Task.formats),
         default="saved_model",
         metavar="NAME",
-        help=f"{', '.join(FORMATS)}. Defaults to saved_model.",
+        help=f"{', '.join(Task.formats)}. Defaults to saved_model.",
     )
     parser.add_argument("--output", type=path, help="path that does not exist yet.")
     parser.add_argument(
@@ -121,7 +111,13 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             result = runs.finished(args.run_dir)
-            runs.recipe_of(args.run_dir)  # An error here comes before any work.
+            # An error here comes before any work.
+            formats = runs.recipe_of(args.run_dir).task.formats
+            if args.format not in formats:
+                raise ValueError(
+                    f"format={args.format}: the model of this run needs a loop over "
+                    f"windows; use one of {', '.join(formats)}."
+                )
             load_tensorflow()
             if not args.output:
                 # Two exports at a time would take the same version.

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from revnet_tf import memory, numerics
@@ -27,18 +26,6 @@ from training.strategy import (
 )
 
 # The columns of the table, and the types of their values.
-METRICS = {
-    "epoch": int,
-    "step": int,
-    "learning_rate": float,
-    "train_loss": float,
-    "train_accuracy": float,
-    "test_loss": float,
-    "test_accuracy": float,
-    "seconds": float,
-    "images_per_second": float,
-    "peak_memory_mib": int,
-}
 REVERSIBILITY = {
     "step": int,
     "reconstruction_error": float,
@@ -51,6 +38,23 @@ WORKERS_ASK_EVERY = 10
 
 class Preempted(Exception):
     """SIGTERM ended the run, whose state is saved."""
+
+
+def columns(scores):
+    """Returns the columns of `metrics.csv`, and the types of their values.
+
+    Args:
+        scores: iterable of strings, the names of the scores of a task.
+    """
+    return {
+        "epoch": int,
+        "step": int,
+        "learning_rate": float,
+        **{f"{split}_{name}": float for split in ("train", "test") for name in scores},
+        "seconds": float,
+        "images_per_second": float,
+        "peak_memory_mib": int,
+    }
 
 
 def learning_rate(recipe):
@@ -74,7 +78,7 @@ def compile_network(network, recipe):
     optimizer = recipe.optimizer.build(learning_rate(recipe))
     if recipe.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    metrics = recipe.task.metrics()
+    metrics = recipe.task.metrics(network.output_shape[-1])
     jit = recipe.jit
     if jit is None:
         # As Keras does for a model that was made in the scope of a strategy.
@@ -151,18 +155,6 @@ def num_parameters(network):
     return sum(math.prod(weight.shape) for weight in network.trainable_weights)
 
 
-def serving_model(network, images):
-    """Returns the model from `uint8` images to probabilities."""
-    inputs = keras.Input(images.image_shape, dtype="uint8", name="image")
-    normalized = keras.layers.Normalization(
-        axis=(1, 2, 3),
-        mean=images.mean,
-        variance=np.full_like(images.mean, images.scale**2),
-    )(inputs)
-    probabilities = keras.layers.Softmax(name="probabilities")(network(normalized))
-    return keras.Model(inputs, probabilities, name=f"{network.name}_serving")
-
-
 def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=()):
     """Trains `network`, from the last checkpoint in `run_dir` if there is a checkpoint.
 
@@ -195,7 +187,10 @@ def fit(network, recipe, images, run_dir, strategy, save_every=None, callbacks=(
             sums=[variable for metric in metrics for variable in metric.variables],
         )
         progress, continue_epoch = resume(checkpoints, metrics, recipe, images, run_dir)
-        saving = Saving(progress, checkpoints, recipe, run_dir, strategy, save_every)
+        scores = recipe.task.scores(images.class_names)
+        saving = Saving(
+            progress, checkpoints, recipe, scores, run_dir, strategy, save_every
+        )
         test = strategy.distribute_datasets_from_function(
             lambda context: images.test_batches(
                 recipe.global_batch_size, context=context
@@ -272,7 +267,8 @@ def resume(checkpoints, metrics, recipe, images, run_dir):
         if step:
             print(f"Going on from step {step} of {recipe.train_steps}", flush=True)
         table = run_dir / "metrics.csv"
-        found = outputs.read_own_table(table, METRICS)
+        scores = recipe.task.scores(images.class_names)
+        found = outputs.read_own_table(table, columns(scores))
         if "rows" not in record:
             # A checkpoint of an older version. The table may be ahead of it.
             rows = [row for row in found if row["step"] <= step]
@@ -300,13 +296,18 @@ class Saving(keras.callbacks.Callback):
     Args:
         progress: a `Progress`, which the callback advances.
         checkpoints: the `Checkpoints` of the run.
+        scores: dictionary, the scores of the task, as `Task.scores` returns them.
         recipe, run_dir, strategy, save_every: as for `fit`.
     """
 
-    def __init__(self, progress, checkpoints, recipe, run_dir, strategy, save_every):
+    def __init__(
+        self, progress, checkpoints, recipe, scores, run_dir, strategy, save_every
+    ):
         super().__init__()
         self.progress = progress
         self.checkpoints = checkpoints
+        self.scores = scores
+        self.score = recipe.task.score
         self.batch_size = recipe.global_batch_size
         self.rate = learning_rate(recipe)
         self.run_dir = run_dir
@@ -373,7 +374,7 @@ class Saving(keras.callbacks.Callback):
             outputs.write_table(self.run_dir / "metrics.csv", progress.rows)
         self.save()
         if self.checkpoints.is_chief and not sys.stdout.isatty():
-            print(describe(progress), flush=True)
+            print(describe(progress, self.score), flush=True)
         if on_any_worker(self.strategy, self.sigterm):
             raise Preempted(f"ended by SIGTERM after step {progress.step}")
 
@@ -385,35 +386,33 @@ class Saving(keras.callbacks.Callback):
             "epoch": epoch + 1,
             "step": self.progress.step,
             "learning_rate": float(f"{float(rate):.6g}"),  # 0.1, not its float32
-            "train_loss": logs["cross_entropy"],
-            "train_accuracy": logs["accuracy"],
-            "test_loss": logs["val_cross_entropy"],
-            "test_accuracy": logs["val_accuracy"],
+            **{f"train_{name}": logs[key] for name, key in self.scores.items()},
+            **{f"test_{name}": logs[f"val_{key}"] for name, key in self.scores.items()},
             "seconds": round(self.seconds, 3),
             "images_per_second": round(logs["images_per_second"], 1),
             "peak_memory_mib": round(peak_memory() / 2**20),
         }
 
 
-def describe(progress):
-    """Returns the line that reports the last epoch."""
+def describe(progress, score):
+    """Returns the line that reports the last epoch, with its loss and a score."""
     row = progress.rows[-1]
     return (
         f"epoch {row['epoch']}  step {progress.step}/{progress.train_steps}  "
-        f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.4f}  "
-        f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.4f}  "
-        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+        f"loss {row['train_loss']:.4f}  {score} {row[f'train_{score}']:.4f}  "
+        f"test loss {row['test_loss']:.4f}  test {score} {row[f'test_{score}']:.4f}  "
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.1f} images/s"
     )
 
 
 class Monitor(numerics.ReversibilityMonitor):
-    """Measures the reconstruction of 16 test images.
+    """Measures the reconstruction of 16 test images, or of a smaller batch.
 
     Its measurements go to `reversibility.csv` and `reversibility.png`.
     """
 
-    def __init__(self, images, run_dir, every_steps):
-        x, y, _ = next(iter(images.test_batches(16)))
+    def __init__(self, images, batch_size, run_dir, every_steps):
+        x, y, *_ = next(iter(images.test_batches(min(16, batch_size))))
         super().__init__(x, y, every_steps, plot=run_dir / "reversibility.png")
         self.path = run_dir / "reversibility.csv"
 

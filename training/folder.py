@@ -55,8 +55,12 @@ def load(folder, image_size=None, skip_corrupt=False, test_in_mean=False):
     of_test = _files(test, class_names) if test else []
     files, labels = zip(*of_train, *of_test, strict=True)
     print(f"Reading {len(files):,} pictures in {folder}", flush=True)
+
+    def decode(file):
+        return decode_picture(file, 3, image_size)
+
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda file: _read(file, image_size), files))
+        images = list(pool.map(lambda file: read(file, decode), files))
 
     good = np.array([not isinstance(image, str) for image in images])
     corrupt = [f"{files[i]}: {images[i]}" for i in np.flatnonzero(~good)]
@@ -149,14 +153,19 @@ def _files(split, class_names):
     return found
 
 
-def _read(file, image_size):
-    """Returns the `uint8` image of a file, or a string: why it has none."""
+def read(file, decode):
+    """Returns the `uint8` image of a file, or a string: why it has none.
+
+    Args:
+        file: path of the file.
+        decode: function from the content of a file to the image.
+    """
     if not file.is_file():
         return "is no file"  # To open a pipe would wait for a writer.
     try:
         # This is faster than a transfer of small images to a GPU.
         with tf.device("CPU:0"):
-            return decode_picture(file.read_bytes(), 3, image_size).numpy()
+            return decode(file.read_bytes()).numpy()
     except OSError as error:
         return error.strerror
     except tf.errors.OpError as error:

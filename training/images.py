@@ -38,6 +38,11 @@ class Images:
         """The corrupt records found so far: file, number and reason of each."""
         return [text for records in self.records for text in records.corrupt]
 
+    @property
+    def about(self):
+        """The facts of the data set that `result.json` records."""
+        return {"class_names": self.class_names}
+
     def normalize(self, images):
         return (tf.cast(images, tf.float32) - self.mean) / self.scale
 

@@ -75,8 +75,16 @@ def write_table(path, rows):
         writer.writerows(rows)
 
 
-def draw_curves(path, rows, title):
-    """Draws loss and error over the epochs of `metrics.csv`."""
+def draw_curves(path, rows, title, score, label):
+    """Draws loss and error over the epochs of `metrics.csv`.
+
+    Args:
+        path: path of the picture.
+        rows: list of dictionaries, the rows of the table.
+        title: string, the title.
+        score: string, the name of the score. The error is 100 % less the score.
+        label: string, the label of the error.
+    """
     # A Figure of its own needs no display and leaves the state of pyplot alone.
     from matplotlib.figure import Figure
 
@@ -86,10 +94,10 @@ def draw_curves(path, rows, title):
     epochs = [row["epoch"] for row in rows]
     for split in ("train", "test"):
         loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split)
-        percent = [100 * (1 - row[f"{split}_accuracy"]) for row in rows]
+        percent = [100 * (1 - row[f"{split}_{score}"]) for row in rows]
         error.plot(epochs, percent, label=split)
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    error.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
+    error.set(xlabel="epoch", ylabel=label, ylim=(0, None))
     for axes in (loss, error):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -8,6 +8,7 @@ Only these methods load TensorFlow, so that the command line answers without it.
 """
 
 import dataclasses
+import importlib.util
 import typing
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ class ResNet(Settings):
         "blocks of each stage.", {"above": 0, "below": 10_001}
     )
     channels: tuple[int, ...] = setting(
-        "channels of the stem, then of each stage; both streams together.",
+        "channels of the stem, then of each stage; of a U-Net, of each level; both "
+        "streams together.",
         {"above": 0, "below": 2**14},
     )
     bottleneck: bool = setting(
@@ -75,8 +77,67 @@ class RevNet(ResNet):
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Settings):
-    """Images of one class each, with cross-entropy."""
+class RevUNet(Settings):
+    """The partially reversible U-Net, `revnet_tf.models.RevUNet`."""
+
+    channels: tuple[int, ...] = setting(
+        "channels of the stem, then of each stage; of a U-Net, of each level; both "
+        "streams together.",
+        {"above": 0, "below": 2**14},
+    )
+    encoder_blocks: int = setting(
+        "blocks of each level of the encoder of a U-Net.",
+        {"above": 0, "below": 10_001},
+        default=1,
+    )
+    decoder_blocks: int = setting(
+        "blocks of each level of the decoder of a U-Net.",
+        {"above": 0, "below": 10_001},
+        default=1,
+    )
+    norm: str = setting(
+        "normalization of a U-Net: group, instance or batch.",
+        {"options": ("group", "instance", "batch")},
+        default="group",
+    )
+    recompute: bool = setting(
+        "reconstruct activations in the backward pass, do not store them.", default=True
+    )
+    fraction_bits: int | None = setting(
+        "use fixed-point streams with this number of fraction bits, which are "
+        "reconstructed bit for bit; without the flag, floating-point streams.",
+        {"at least": 0, "below": 23},
+        default=None,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("channels", self.channels, "give the channels of each level")
+
+    def build(self, task, images, optimizer):
+        """Returns the Keras model, normalized patches to logits of each voxel."""
+        from revnet_tf import models
+
+        return models.RevUNet(
+            **vars(self),
+            input_shape=images.image_shape,
+            classes=len(images.class_names),
+            classifier_activation=None,
+            kernel_regularizer=optimizer.kernel_regularizer(),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Settings):
+    """The data, the loss and the scores of a recipe, and the use of its network.
+
+    Attributes:
+        score: string, the name of the score that the program reports beside the loss.
+        error: string, the label of 100 % less this score, in the curves.
+        formats: tuple of strings, the formats of `training.export` for its models.
+    """
+
+    formats = ("saved_model", "litert", "litert_int8", "onnx")
 
     dataset: str = setting("name of the data set, or path of a folder of pictures.")
     classes: int | None = setting(
@@ -90,6 +151,62 @@ class Classification(Settings):
         task = DATASET.of(self.dataset)
         self.require("dataset", task is type(self), f"it belongs to {task.__name__}")
 
+    def load(self, data_dir, skip_corrupt, download, run_dir):
+        """Returns the `Images` of the data set, for the arguments of `data.load`."""
+        raise NotImplementedError
+
+    def loss(self):
+        """Returns the Keras loss of logits."""
+        raise NotImplementedError
+
+    def metrics(self, classes, from_logits=True):
+        """Returns the Keras metrics of logits, or of probabilities."""
+        raise NotImplementedError
+
+    def scores(self, class_names):
+        """Returns the names of the metrics by the names that the program reports."""
+        raise NotImplementedError
+
+    def serving_model(self, network, images):
+        """Returns the model from inputs as they are to probabilities."""
+        raise NotImplementedError
+
+    def evaluate(self, model, images, run_dir=None):
+        """Returns the scores of a serving model on the test images, by their names.
+
+        With a run folder, the function draws the pictures of this task there.
+        """
+        raise NotImplementedError
+
+    def export_options(self, model, result):
+        """Returns the arguments of `export_saved_model` for a serving model."""
+        raise NotImplementedError
+
+    def inputs(self, files, result):
+        """Returns the inputs of a prediction: tuples of files, by the names of outputs.
+
+        Raises:
+            ValueError, OSError: the network of the run cannot take a file.
+        """
+        raise NotImplementedError
+
+    def predict(self, model, inputs, output, result):
+        """Writes the predictions of a serving model for `inputs` to a folder."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+    """Images of one class each, with cross-entropy."""
+
+    score = "accuracy"
+    error = "error, %"
+
+    def load(self, data_dir, skip_corrupt, download, run_dir):
+        from training import data
+
+        return data.load_images(self, data_dir, skip_corrupt, download)
+
     def decoder(self, image_shape):
         """Returns the function from a file to an image, for servers."""
         from revnet_tf.export import decode_image
@@ -101,14 +218,42 @@ class Classification(Settings):
 
         return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-    def metrics(self):
+    def metrics(self, classes, from_logits=True):
         from keras import metrics
 
         return [
             metrics.SparseCategoricalAccuracy("accuracy"),
             # Keras adds the regularization to the value that it reports as `loss`.
-            metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True),
+            metrics.SparseCategoricalCrossentropy(
+                "cross_entropy", from_logits=from_logits
+            ),
         ]
+
+    def scores(self, class_names):
+        return {"loss": "cross_entropy", "accuracy": "accuracy"}
+
+    def serving_model(self, network, images):
+        from training import classification
+
+        return classification.serving_model(network, images)
+
+    def evaluate(self, model, images, run_dir=None):
+        from training import classification
+
+        return classification.evaluate(self, model, images)
+
+    def export_options(self, model, result):
+        from training import classification
+
+        return classification.export_options(self, model, result)
+
+    def inputs(self, files, result):
+        return {"predictions.csv": files}
+
+    def predict(self, model, inputs, output, result):
+        from training import classification
+
+        classification.predict(self, model, inputs, output, result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +271,9 @@ class SmallImageClassification(Classification):
         {"at least": 0, "below": 33},
         default=0,
     )
-    flip: bool = setting("mirror half of the images.", default=False)
+    flip: bool = setting(
+        "mirror half of the images; volumes, along each axis.", default=False
+    )
     test_in_mean: bool = setting(
         "subtract the mean of training and test images, as the paper's authors do, "
         "not of training images only.",
@@ -152,6 +299,106 @@ class ImageNetClassification(Classification):
         return centre_crop
 
 
+@dataclasses.dataclass(frozen=True)
+class Segmentation(Task):
+    """Volumes with a class for each voxel, with Dice loss plus cross-entropy."""
+
+    spacing: tuple[float, ...] = setting(
+        "size of a voxel in mm along x, y and z, to which volumes are resampled; "
+        "without the flag, the median of the training volumes.",
+        POSITIVE,
+        default=(),
+    )
+    patch_size: tuple[int, ...] = setting(
+        "voxels of a patch along x, y and z. The network sees one patch at a time.",
+        {"above": 0, "below": 2**12},
+        default=(64, 64, 64),
+    )
+    patches_per_volume: int = setting(
+        "patches of each training volume in an epoch.", COUNT, default=8
+    )
+    foreground: float = setting(
+        "share of the patches around a voxel of a class other than the background.",
+        {"at least": 0, "below": 1.001},
+        default=1 / 3,
+    )
+    normalization: str = setting(
+        "subtract the mean and divide by the standard deviation of each channel, or "
+        "of the whole volume; voxels of intensity 0 do not count.",
+        {"options": ("channel", "volume")},
+        default="channel",
+    )
+    flip: bool = setting(
+        "mirror half of the images; volumes, along each axis.", default=False
+    )
+
+    formats = ("saved_model",)
+    score = "dice"
+    error = "100 - Dice, %"
+
+    def __post_init__(self):
+        super().__post_init__()
+        three = "give three numbers, for x, y and z"
+        self.require("spacing", len(self.spacing) in (0, 3), three)
+        self.require("patch_size", len(self.patch_size) == 3, three)
+
+    def _check_packages(self):
+        self.require(
+            "dataset",
+            all(map(importlib.util.find_spec, ("nibabel", "nilearn"))),
+            "it needs the packages nibabel and nilearn; install the extra `volumes`",
+        )
+
+    def load(self, data_dir, skip_corrupt, download, run_dir):
+        self._check_packages()
+        from training import volumes
+
+        return volumes.load(self, data_dir, run_dir / "volumes", skip_corrupt)
+
+    def loss(self):
+        from training import segmentation
+
+        return segmentation.DiceCrossEntropy()
+
+    def metrics(self, classes, from_logits=True):
+        from training import segmentation
+
+        return segmentation.metrics(classes, from_logits)
+
+    def scores(self, class_names):
+        of_classes = {
+            f"dice_{name}": f"dice_{i}" for i, name in enumerate(class_names) if i
+        }
+        return {"loss": "cross_entropy", "dice": "dice"} | of_classes
+
+    def serving_model(self, network, images):
+        from training import segmentation
+
+        return segmentation.serving_model(self, network)
+
+    def evaluate(self, model, images, run_dir=None):
+        from training import segmentation
+
+        picture = run_dir and run_dir / "slices.png"
+        return segmentation.evaluate(self, model, images, picture)
+
+    def export_options(self, model, result):
+        from training import segmentation
+
+        return segmentation.export_options(self, model)
+
+    def inputs(self, files, result):
+        self._check_packages()
+        from training import segmentation
+
+        return segmentation.inputs(files, result)
+
+    def predict(self, model, inputs, output, result):
+        from training import segmentation
+
+        segmentation.predict(model, inputs, output, result, self.normalization)
+
+
 class Optimizer(Settings):
     """Base class of optimizers."""
 
@@ -164,13 +411,25 @@ class Optimizer(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class SGD(Optimizer):
-    """SGD with momentum, and with weight decay as a penalty in the loss."""
+class _Penalized(Optimizer):
+    """An optimizer with weight decay as a penalty in the loss."""
 
     weight_decay: float = setting(
         "w * weight_decay is added to the gradient of each conv and dense kernel w.",
         NOT_NEGATIVE,
     )
+
+    def kernel_regularizer(self):
+        import keras
+
+        # The gradient of c * w**2 is 2 * c * w.
+        return keras.regularizers.L2(self.weight_decay / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(_Penalized):
+    """SGD with momentum."""
+
     momentum: float = setting(
         "momentum of SGD.", {"at least": 0, "below": 1}, default=0.9
     )
@@ -180,11 +439,15 @@ class SGD(Optimizer):
 
         return keras.optimizers.SGD(learning_rate, self.momentum)
 
-    def kernel_regularizer(self):
+
+@dataclasses.dataclass(frozen=True)
+class Adam(_Penalized):
+    """Adam, with Keras's defaults for its moments."""
+
+    def build(self, learning_rate):
         import keras
 
-        # The gradient of c * w**2 is 2 * c * w.
-        return keras.regularizers.L2(self.weight_decay / 2)
+        return keras.optimizers.Adam(learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,9 +522,9 @@ class Cosine(Schedule):
 
 
 PARTS = {
-    "network": (ResNet, RevNet),
-    "task": (SmallImageClassification, ImageNetClassification),
-    "optimizer": (SGD,),
+    "network": (ResNet, RevNet, RevUNet),
+    "task": (SmallImageClassification, ImageNetClassification, Segmentation),
+    "optimizer": (SGD, Adam),
     "schedule": (Piecewise, Cosine),
 }
 
@@ -306,8 +569,13 @@ class Choice(NamedTuple):
 DATASET = Choice(
     "dataset",
     "digits (part of scikit-learn), an image classification data set of TFDS such as "
-    "cifar10 or imagenet2012, or a folder with a folder of pictures for each class.",
-    {"imagenet2012": ImageNetClassification},
+    "cifar10 or imagenet2012, or a folder with a folder of pictures for each class. "
+    "For a U-Net: brain (part of nilearn), or decathlon, a folder of volumes.",
+    {
+        "imagenet2012": ImageNetClassification,
+        "brain": Segmentation,
+        "decathlon": Segmentation,
+    },
     other=SmallImageClassification,
 )
 CHOICES = (
@@ -360,6 +628,14 @@ class Recipe(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        volumes = isinstance(self.task, Segmentation)
+        self.task.require(
+            "dataset",
+            volumes == isinstance(self.network, RevUNet),
+            f"a {type(self.network).__name__} needs a data set of "
+            f"{'images with one class each' if volumes else 'volumes'}; choose such a "
+            "data set, or another recipe",
+        )
         self.schedule.check_steps(self.train_steps)
 
     def parts(self) -> dict[str, Settings]:

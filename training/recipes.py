@@ -1,13 +1,16 @@
-"""The named recipes: the paper's results, short runs, and pictures of one's own."""
+"""The named recipes: the paper's results, short runs, and data of one's own."""
 
 from training.recipe import (
     SGD,
+    Adam,
     Cosine,
     ImageNetClassification,
     Piecewise,
     Recipe,
     ResNet,
     RevNet,
+    RevUNet,
+    Segmentation,
     SmallImageClassification,
 )
 
@@ -120,5 +123,35 @@ RECIPES = {
         Cosine(learning_rate=0.05, warmup_steps=100),
         global_batch_size=32,
         train_steps=1_000,
+    ),
+    # No row of a paper: half of one average brain, some minutes on two CPU cores. Seed
+    # 0: Dice of 0.904 for grey and 0.908 for white matter on the other half.
+    "brain_revunet": Recipe(
+        RevUNet((16, 32, 64, 128), norm="instance"),
+        Segmentation(
+            "brain",
+            4,
+            spacing=(2.0, 2.0, 2.0),
+            patch_size=(32, 32, 32),
+            patches_per_volume=100,
+            # Instance normalization needs to see patches outside of the brain, too.
+            foreground=2 / 3,
+            flip=True,
+        ),
+        Adam(weight_decay=1e-5),
+        Cosine(learning_rate=3e-3, warmup_steps=20),
+        global_batch_size=1,
+        train_steps=600,  # 6 epochs
+    ),
+    # The network, the optimizer and the batch size of Brügger et al., 2019,
+    # https://arxiv.org/abs/1906.06148, with patches. The steps are those of nnU-Net,
+    # https://github.com/MIC-DKFZ/nnUNet.
+    "decathlon_revunet": Recipe(
+        RevUNet((60, 120, 240, 360, 480)),
+        Segmentation("decathlon", classes=None, patch_size=(128, 128, 128), flip=True),
+        Adam(weight_decay=1e-5),
+        Cosine(learning_rate=1e-4),
+        global_batch_size=1,
+        train_steps=250_000,
     ),
 }

@@ -101,7 +101,7 @@ def check_free(run_dir, description):
 
 def _is_of_a_start(path):
     """Whether a start that was killed can leave a path, before it writes a recipe."""
-    return path.name == "lock" or path.name.startswith("part-")
+    return path.name in ("lock", "volumes") or path.name.startswith("part-")
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def finished(run_dir):
     paths.check_encoding(run_dir)
     if (run_dir / "result.json").is_file():
         result = read_json(run_dir / "result.json")
-        if missing := {"test_accuracy", "test_loss", "class_names"} - set(result):
+        if missing := {"test_loss", "class_names"} - set(result):
             raise OSError(f"{run_dir / 'result.json'} has no {', '.join(missing)}.")
         check_archive(run_dir / "model.keras")
         return result

@@ -72,7 +72,7 @@ def train(parser, name, recipe, args, stack):
             options = {"disable_meta_optimizer": True}
             tf.config.optimizer.set_experimental_options(options)
         images = data.load(
-            recipe, args.data_dir, args.skip_corrupt, download=not multiworker
+            recipe, args.data_dir, args.skip_corrupt, not multiworker, run_dir
         )
         images.steps_per_epoch(recipe.global_batch_size)
         with strategy.scope():
@@ -114,8 +114,10 @@ def train(parser, name, recipe, args, stack):
         folder = run_dir / "tensorboard"
         callbacks.append(keras.callbacks.TensorBoard(folder, histogram_freq=1))
     if chief and args.monitor:
+        batch_size = recipe.global_batch_size
+        monitor = fit.Monitor(images, batch_size, run_dir, args.monitor)
         # The callbacks after it find its values in the logs.
-        callbacks.insert(0, fit.Monitor(images, run_dir, args.monitor))
+        callbacks.insert(0, monitor)
     go_on = f"the same command goes on from the last checkpoint in {run_dir}"
     try:
         with signals.raised_interrupt():
@@ -123,7 +125,7 @@ def train(parser, name, recipe, args, stack):
                 network, recipe, images, run_dir, strategy, args.save_every, callbacks
             )
             if chief:
-                serving = fit.serving_model(network, images)
+                serving = recipe.task.serving_model(network, images)
                 with replacing(run_dir / "model.keras") as part:
                     serving.save(part)
                 finish(run_dir, name, recipe, network, images, rows, strategy)
@@ -166,17 +168,17 @@ def finish(run_dir, name, recipe, network, images, rows, strategy):
     """Draws the curves of a trained run, scores its saved model and exports it."""
     from training import evaluate, export, fit, outputs
 
-    outputs.draw_curves(run_dir / "curves.png", rows, name)
-    accuracy, loss = evaluate.score(run_dir, images)
+    task = recipe.task
+    outputs.draw_curves(run_dir / "curves.png", rows, name, task.score, task.error)
+    scores = evaluate.score(run_dir, images, draw=True)
     result = {
         "recipe": name,
-        "test_accuracy": accuracy,
-        "test_loss": loss,
+        **{f"test_{name}": value for name, value in scores.items()},
         "num_parameters": fit.num_parameters(network),
         "steps": recipe.train_steps,
         "train_seconds": round(sum(row["seconds"] for row in rows), 3),
         "skipped_images": len(images.corrupt),
-        "class_names": images.class_names,
+        **images.about,
     }
     # A process that ended between the export and the result leaves an export.
     shutil.rmtree(run_dir / "export", ignore_errors=True)
@@ -185,9 +187,10 @@ def finish(run_dir, name, recipe, network, images, rows, strategy):
     outputs.write_json(run_dir / "result.json", result)
     if images.corrupt:
         print(f"\n{len(images.corrupt)} corrupt image(s) left out", end="")
-    print(f"""
-test accuracy  {accuracy:.4f}
-test loss      {loss:.4f}
+    print()
+    for score, value in scores.items():
+        print(f"{f'test {score}':<14} {value:.4f}")
+    print(f"""\
 training       {result["train_seconds"]:.0f} s, {recipe.train_steps:,} steps
 model          {run_dir / "model.keras"}
 SavedModel     {run_dir / "export" / "1"}

@@ -218,7 +218,9 @@ def test_every_field_is_a_flag():
         "jit": False,
         "deterministic": True,
     }
-    assert recipe.values().keys() == flags().keys() - {"decay_steps"}
+    volumes = RECIPES["brain_revunet"].values().keys()
+    of_volumes = volumes - recipe.values().keys()
+    assert recipe.values().keys() == flags().keys() - {"decay_steps"} - of_volumes
     _, _, recipe, _ = train.parse(["--decay-steps", "1", "2", "--no-reversible"])
     assert (recipe.schedule.decay_steps, type(recipe.network)) == ((1, 2), ResNet)
 

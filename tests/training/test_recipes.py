@@ -29,7 +29,8 @@ def test_each_network_has_a_recipe_for_each_of_its_data_sets():
     expected = {f"cifar{n}_{network}" for n in (10, 100) for network in CIFAR_NETWORKS}
     expected |= {f"imagenet_{network}" for network in IMAGENET_NETWORKS}
     short = {"cifar10_revnet38_short", "cifar10_resnet32_short"}
-    assert set(RECIPES) == expected | short | {"digits_revnet", "pictures_revnet"}
+    others = {"digits_revnet", "pictures_revnet", "brain_revunet", "decathlon_revunet"}
+    assert set(RECIPES) == expected | short | others
 
 
 def test_short_recipes_differ_in_the_network_only():
@@ -206,8 +207,8 @@ class Segmentation(Settings):
     def loss(self):
         return keras.losses.Dice()
 
-    def metrics(self):
-        return [keras.metrics.OneHotMeanIoU(self.classes)]
+    def metrics(self, classes):
+        return [keras.metrics.OneHotMeanIoU(classes)]
 
 
 @dataclasses.dataclass(frozen=True)

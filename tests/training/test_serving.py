@@ -34,7 +34,7 @@ from twins import conv_sequence
 
 from revnet_tf import models
 from revnet_tf.export import decode_image, export_saved_model
-from training import data, export, fit, train
+from training import data, export, train
 from training.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def trained(network, digits):
     network.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
     x, y = digits.normalize(digits.train_images[:400]), digits.train_labels[:400]
     network.fit(x, y, batch_size=50, epochs=2, verbose=0)
-    return fit.serving_model(network, digits)
+    return RECIPES["digits_revnet"].task.serving_model(network, digits)
 
 
 def small_revnet():

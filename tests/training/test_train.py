@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from training import evaluate, export, fit, runs, train
 from training.checkpoints import Checkpoints
+from training.recipe import Task
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -429,7 +430,7 @@ def test_export_writes_the_next_version_or_to_output(finished_run, tmp_path, cap
     second = finished_run / "export" / "2"
     assert (second / "saved_model.pb").is_file()
     assert capsys.readouterr().out.split() == [str(output), str(second)]
-    for file_format in export.FORMATS:
+    for file_format in Task.formats:
         line = refusal(
             capsys, export, finished_run, "--output", output, "--format", file_format
         )
@@ -729,7 +730,8 @@ def test_serving_model_normalizes_as_the_pipeline_does():
     images = data.load(RECIPES["digits_revnet"])
     inputs = keras.Input(images.image_shape)
     logits = keras.layers.Flatten()(inputs)
-    serving = fit.serving_model(keras.Model(inputs, logits), images)
+    task = RECIPES["digits_revnet"].task
+    serving = task.serving_model(keras.Model(inputs, logits), images)
     x = images.test_images[:5]
     expected = tf.nn.softmax(tf.reshape(images.normalize(x), (5, -1)))
     np.testing.assert_allclose(serving(x), expected, rtol=1e-5)
