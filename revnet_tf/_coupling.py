@@ -83,6 +83,28 @@ class Coupling(NamedTuple):
         return [x1, x2]
 
 
+class Rearrangement(NamedTuple):
+    """A reversible block without weights, which moves values and adds zeros.
+
+    Attributes:
+        there: function from a list of streams to a list of streams.
+        back: its inverse. It is also the transpose of `there`, so it maps gradients for
+            the outputs to gradients for the inputs.
+    """
+
+    there: Callable
+    back: Callable
+
+    def forward(self, call, *inputs):
+        return self.there(inputs), []
+
+    def backward(self, again, stored, outputs, gradients, reconstruct=True):
+        return self.back(outputs), self.back(gradients)
+
+    def inverse(self, call, *outputs):
+        return self.back(outputs)
+
+
 class Transition(NamedTuple):
     """A block whose shortcuts change the shape of its streams. It stores its inputs.
 
@@ -236,7 +258,7 @@ class Step(NamedTuple):
             with the true inputs, which the run then stores.
     """
 
-    block: Coupling | Transition | Recompute
+    block: Coupling | Rearrangement | Transition | Recompute
     weights: Sequence[int] = ()
     state: Sequence[int] = ()
     traces: dict | None = None

@@ -1,5 +1,6 @@
 """The data sets of the recipes."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def load(recipe, data_dir=None, skip_corrupt=False, download=True):
     else:
         found = _folder(task.dataset, data_dir)
         images = folder.load(found, task.image_size, skip_corrupt, task.test_in_mean)
+    if isinstance(images, ImagesInMemory):
+        images = dataclasses.replace(images, standardize=task.standardize)
     classes = len(images.class_names)
     if task.classes not in (None, classes):
         raise ValueError(
