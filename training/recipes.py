@@ -94,6 +94,14 @@ def _cifar_irevnet(classes):
     )
 
 
+SHORT_NETWORKS = {
+    "revnet38": CIFAR_NETWORKS["revnet38"],
+    "resnet32": CIFAR_NETWORKS["resnet32"],
+    # A step takes the time of a step of RevNet-38.
+    "irevnet": iRevNet((4, 4, 4), (16, 64, 256), (1, 2, 2)),
+}
+
+
 def _short(network):
     """The recipe of a network on CIFAR-10 for some 40 minutes on two CPU cores.
 
@@ -102,7 +110,7 @@ def _short(network):
     0.3.
     """
     return Recipe(
-        CIFAR_NETWORKS[network],
+        SHORT_NETWORKS[network],
         SmallImageClassification("cifar10", 10, pad=2, flip=True),
         SGD(weight_decay=2e-4, momentum=0.9),
         Cosine(learning_rate=0.1, warmup_steps=1_000),
@@ -144,10 +152,7 @@ RECIPES = {
     **{f"cifar{classes}_irevnet163": _cifar_irevnet(classes) for classes in (10, 100)},
     # The batch, the rate and the steps of the RevNets.
     "imagenet_irevnet301": _imagenet(IREVNETS["irevnet301"]),
-    **{
-        f"cifar10_{network}_short": _short(network)
-        for network in ("revnet38", "resnet32")
-    },
+    **{f"cifar10_{network}_short": _short(network) for network in SHORT_NETWORKS},
     # No row of the paper: pictures of one's own, in a folder.
     "pictures_revnet": Recipe(
         RevNet((2, 2, 2), (32, 32, 64, 128), False),
