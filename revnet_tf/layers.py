@@ -60,6 +60,14 @@ class _ReversibleLayer(PairLayer):
     def call_arguments(
         self, training: bool | None, masks: tuple, extra: dict
     ) -> CallArguments:
+        self._refuse_mask(masks)
+        return super().call_arguments(training, masks, extra)
+
+    def compute_mask(self, inputs: Tensors, previous_mask: Tensors | None) -> Tensors:
+        self._refuse_mask(tf.nest.flatten(previous_mask))
+        return super().compute_mask(inputs, previous_mask)
+
+    def _refuse_mask(self, masks):
         layers = [layer for layer, _ in self.blocks_in_order() if layer.moves_positions]
         if layers and any(mask is not None for mask in masks):
             raise ValueError(
@@ -67,7 +75,6 @@ class _ReversibleLayer(PairLayer):
                 f"positions to channels; {self.name} got a mask. Remove the mask, or "
                 "apply it before."
             )
-        return super().call_arguments(training, masks, extra)
 
     def inverse(
         self,
@@ -118,7 +125,7 @@ class _ReversibleLayer(PairLayer):
         steps, weights, state = _functional.steps(blocks)
         values = _functional.values(weights), _functional.values(state)
         streams = pair_out.split(tf.nest.flatten(outputs))
-        streams = _coupling.inverse(steps, streams, *values)
+        streams = _coupling.inverse(steps, streams, pair_in, *values)
         return tf.nest.pack_sequence_as(outputs, pair_in.join(streams))
 
     def _check_output(self, outputs):
@@ -421,9 +428,11 @@ class _Rearrangement(_ReversibleLayer):
     """
 
     takes_whole = True
+    adds_zeros = False
 
     def __init__(self, **kwargs):
         super().__init__(axis=-1, **kwargs)
+        self.supports_masking = True
 
     def build(self, input_shape: Shapes) -> None:
         shapes = listed(self.name, input_shape)
@@ -451,7 +460,7 @@ class _Rearrangement(_ReversibleLayer):
     def block(
         self, arguments: CallArguments | None = None, owner: Variables | None = None
     ) -> _coupling.Rearrangement:
-        return _coupling.Rearrangement(self._checked_there, self.back)
+        return _coupling.Rearrangement(self._checked_there, self.back, self.adds_zeros)
 
     def _checked_there(self, tensors):
         shapes = [tuple(x.shape) for x in tensors]
@@ -596,6 +605,8 @@ class ChannelPadding(_Rearrangement):
         Jacobsen et al., 2018, https://arxiv.org/abs/1802.07088
     """
 
+    adds_zeros = True
+
     def __init__(self, channels: int, **kwargs):
         super().__init__(**kwargs)
         if type(channels) is not int or channels < 1:
@@ -603,7 +614,6 @@ class ChannelPadding(_Rearrangement):
                 f"channels must be an integer above 0; got channels={channels!r}."
             )
         self.channels = channels
-        self.supports_masking = True
 
     def shapes_after(self, shapes: list[Shape]) -> list[Shape]:
         width = sum(shape[-1] for shape in shapes)

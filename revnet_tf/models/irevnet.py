@@ -198,8 +198,10 @@ class _Parts(NamedTuple):
     kernel_regularizer: keras.Regularizer | None
     bias_regularizer: keras.Regularizer | None
 
-    def norm(self, momentum=0.9, **kwargs):
-        return BatchNormalization(
+    def norm(self, momentum=0.9, block_size=1, **kwargs):
+        kwargs |= {"block_size": block_size} if block_size > 1 else {}
+        norm = DepthToSpaceNormalization if block_size > 1 else BatchNormalization
+        return norm(
             momentum=momentum,
             epsilon=1e-5,
             gamma_regularizer=self.bias_regularizer,
@@ -208,26 +210,19 @@ class _Parts(NamedTuple):
         )
 
     def conv(self, filters, kernel_size, stride, name):
-        """Returns a convolution without bias, and the layer that pads its input."""
-        layers, padding = [], "same"
-        if stride > 1:
-            # "same" padding would add nothing at the top and on the left.
-            padding = "valid"
-            if kernel_size > 1:
-                pad = kernel_size // 2
-                layers.append(keras.layers.ZeroPadding2D(pad, "channels_last"))
-        conv = keras.layers.Conv2D(
+        """Returns a convolution without bias."""
+        conv = PaddedConv2D if stride > 1 else keras.layers.Conv2D
+        return conv(
             filters,
             kernel_size,
             stride,
-            padding=padding,
+            padding="same",
             data_format="channels_last",
             use_bias=False,
             kernel_initializer=keras.initializers.HeNormal(),
             kernel_regularizer=self.kernel_regularizer,
             name=name,
         )
-        return [*layers, conv]
 
     def branch(self, channels, stride, preactivation, name):
         """Returns the residual branch of a block.
@@ -239,7 +234,9 @@ class _Parts(NamedTuple):
             preactivation: bool; `False` leaves out the first BN-ReLU, as at the
                 beginning of the network.
         """
-        layers = [DepthToSpace(stride)] if stride > 1 else []
+        layers = []
+        if stride > 1 and not preactivation:
+            layers.append(DepthToSpace(stride))
         convs = (
             (channels // 4, 1 if self.bottleneck else 3, stride),
             (channels // 4, 3, 1),
@@ -249,8 +246,9 @@ class _Parts(NamedTuple):
             if i == 3 and self.dropout:
                 layers.append(keras.layers.Dropout(self.dropout))
             if i > 1 or preactivation:
-                layers += [self.norm(name=f"bn{i}"), keras.layers.ReLU()]
-            layers += self.conv(*conv, name=f"conv{i}")
+                norm = self.norm(block_size=stride if i == 1 else 1, name=f"bn{i}")
+                layers += [norm, keras.layers.ReLU()]
+            layers.append(self.conv(*conv, name=f"conv{i}"))
         return keras.Sequential(layers, name=name)
 
 
@@ -351,3 +349,58 @@ class DepthToSpace(keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "block_size": self.block_size}
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class DepthToSpaceNormalization(BatchNormalization):
+    """Undoes `SpaceToDepth` on one stream, and normalizes the result.
+
+    The layer normalizes first, with the same values. Its gradient then needs the stream
+    itself, and not a second tensor in another order.
+
+    Args:
+        block_size: int, the size of a block.
+        **kwargs: arguments of `keras.layers.BatchNormalization`.
+    """
+
+    def __init__(self, block_size: int, **kwargs):
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+    def build(self, input_shape: tuple) -> None:
+        super().build((None, 1, None, input_shape[-1] // self.block_size**2))
+        self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: input_shape[-1]})
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        training: bool | None = None,
+        mask: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        channels = inputs.shape[-1] // self.block_size**2
+        # The channels of a stream have the order (position in the block, channel).
+        positions = tf.reshape(inputs, [tf.shape(inputs)[0], 1, -1, channels])
+        normalized = super().call(positions, training=training, mask=mask)
+        normalized = tf.reshape(normalized, tf.shape(inputs))
+        normalized.set_shape(inputs.shape)
+        return depth_to_space(normalized, self.block_size)
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return DepthToSpace(self.block_size).compute_output_shape(input_shape)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "block_size": self.block_size}
+
+
+@keras.saving.register_keras_serializable("revnet_tf")
+class PaddedConv2D(keras.layers.Conv2D):
+    """A convolution without bias, with half a kernel of zeros on each side.
+
+    "same" padding of an even size with stride 2 adds nothing at the top and on the
+    left. A layer that pads would store a larger copy of its input.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        sides = [[size // 2] * 2 for size in self.kernel_size]
+        padding = [[0, 0], *sides, [0, 0]]
+        return tf.nn.conv2d(inputs, self.kernel, self.strides, padding)
