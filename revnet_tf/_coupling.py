@@ -115,7 +115,9 @@ class Rearrangement(NamedTuple):
         return self.there(inputs), []
 
     def backward(self, again, stored, outputs, gradients, reconstruct=True):
-        return self.back(outputs), self.back(gradients)
+        inputs = self.back(outputs)
+        # The outputs are free before the gradients need memory.
+        return inputs, self.back(wait(inputs, gradients))
 
     def inverse(self, call, *outputs):
         return self.back(outputs)

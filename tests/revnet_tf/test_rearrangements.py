@@ -152,8 +152,8 @@ def test_layers_one_by_one_equal_a_sequence_and_store_as_little():
     assert_close(*both(batch), rtol=1e-4, atol=1e-5)
     kept = [stage.kept_bytes for stage in memory.estimate(stacked, 64).stages]
     assert kept[:-2] == [0] * 4
-    # The streams and their join.
-    assert sum(kept) <= 2 * 64 * 2 * 2 * 128 * 4
+    # The streams and their join. The loss stores the last output, too.
+    assert kept[-2] <= 2 * 64 * 2 * 2 * 128 * 4
 
 
 def test_observers_see_the_blocks_and_fixed_point_values_pass_unchanged():
@@ -171,8 +171,9 @@ def test_observers_see_the_rounding_of_each_block():
     layer = every_kind()
     layer.build((None, 8, 8, 3))
     errors = reconstruction_error(layer, images(3, 8, 8, 3))
-    assert len(errors) == 2
-    assert all(0 < error.relative < 1e-5 for error in errors.values())
+    first, second = (error.relative for error in errors.values())
+    # The first block uses its true inputs, because a padding is before it.
+    assert first == 0 < second < 1e-5
 
 
 def test_fixed_point_streams_out_of_range_are_refused():
