@@ -128,7 +128,8 @@ def trained(steps, **kwargs):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (64, *SHAPE), np.uint8)
     labels = np.arange(64) % 10
-    model.fit(pixels / np.float32(255), labels, 16, epochs=steps // 4, verbose=0)
+    if steps:
+        model.fit(pixels / np.float32(255), labels, 16, epochs=steps // 4, verbose=0)
     return model, pixels
 
 
@@ -136,14 +137,19 @@ def trained(steps, **kwargs):
 def test_trained_body_returns_its_images():
     model, pixels = trained(steps=20)
     x, body = pixels / np.float32(255), model.get_layer("body")
-    there_and_back = lambda x: body.inverse(body(x, training=False))
+
+    def there_and_back(x):
+        return body.inverse(body(x, training=False))
+
     for mode in MODES.values():
         np.testing.assert_allclose(mode(there_and_back)(x), x, rtol=0, atol=1e-3)
 
 
-def test_trained_fixed_point_body_returns_every_bit():
-    small = dict(num_blocks=(2, 2), channels=(8, 32), strides=(1, 2))
-    model, pixels = trained(steps=8, fraction_bits=14, **small)
+@pytest.mark.parametrize("steps", [0, pytest.param(20, marks=pytest.mark.thorough)])
+def test_fixed_point_body_returns_every_bit(steps):
+    model, pixels = trained(steps, num_blocks=(2, 2, 2), fraction_bits=14)
+    if not steps:
+        randomized(model)
     body = model.get_layer("body")
 
     def there_and_back(pixels):
@@ -194,6 +200,7 @@ def bytes_per_image(*depth, **kwargs):
 OUTPUT_BYTES = 16 * 16 * 32 * 4
 
 
+@pytest.mark.thorough
 def test_body_stores_its_output_only():
     kept = {stage.name: stage.kept_bytes for stage in estimated(3, 2, 64).stages}
     # The streams, and their join for the layer after the body.
@@ -287,6 +294,7 @@ def test_regularizers_reach_every_weight():
     )
 
 
+@pytest.mark.thorough
 def test_network_without_top_takes_every_divisible_size(tmp_path):
     model = randomized(small(include_top=False, input_shape=None))
     body = model.get_layer("body")

@@ -33,11 +33,14 @@ def halves(x):
 
 
 def block(width, dropout=0.3, **kwargs):
-    return RevBlock(
-        conv_branch(width, dropout, **kwargs),
-        layers.Conv2D(width, 1, activation="tanh", **kwargs),
-        **kwargs,
-    )
+    # ReLU has another gradient at a tiny value than at the zeros of a padding.
+    first = [
+        layers.BatchNormalization(momentum=0.9, **kwargs),
+        layers.ReLU(**kwargs),
+        layers.Conv2D(width, 3, padding="same", **kwargs),
+    ]
+    second = conv_branch(width, dropout, **kwargs)
+    return RevBlock(keras.Sequential(first), second, **kwargs)
 
 
 def every_kind(**kwargs):
