@@ -12,20 +12,22 @@ pixel in [0, 1], and the number of `uint8` pixels that differ.
 have outputs of one size: space to depth keeps the number of values. With XLA the figure
 is that of the compiler, in a graph that of the allocator (`memory.measure`).
 
-Each measurement is a process of its own.
+Each measurement is a process of its own. `memory` skips those that have a row.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 
 from benchmarks import processes
-from benchmarks.provenance import table
+from benchmarks.provenance import FOLDER, provenance, table
+from training import outputs
 
 CHANNELS, STRIDES = (16, 64, 256), (1, 2, 2)
 # Stages and blocks of each stage.
-DEPTHS = ((1, 6), (2, 6), (3, 2), (3, 6), (3, 18))
-BATCH_SIZES = 16, 80
+DEPTHS = ((1, 6), (2, 6), (3, 6), (3, 2), (3, 18))
+BATCH_SIZES = 64, 256
 FRACTION_BITS = None, 14
 MODES = "eager", "graph"
 
@@ -97,14 +99,19 @@ def inverse(args):
 
 
 def memory(args):
-    columns = "mode", "recompute", "stages", "blocks", "bytes_per_image"
-    with table("irevnet_memory.csv", columns) as add:
-        for recompute in (True, False):
-            for mode in ("graph", "xla"):
-                for depth in DEPTHS:
-                    arguments = "memory", mode, int(recompute), *depth
-                    found = processes.run("irevnet", *arguments)
-                    add(mode, recompute, *depth, round(found))
+    path = FOLDER / "irevnet_memory.csv"
+    names = "mode", "recompute", "stages", "blocks"
+    for mode, recompute, depth in itertools.product(
+        ("xla", "graph"), (True, False), DEPTHS
+    ):
+        rows = outputs.read_table(path)
+        values = mode, recompute, *depth
+        cell = {k: str(v) for k, v in zip(names, values, strict=True)}
+        if not any(cell.items() <= row.items() for row in rows):
+            found = processes.run("irevnet", "memory", mode, int(recompute), *depth)
+            row = provenance() | cell | {"bytes_per_image": round(found)}
+            outputs.write_table(path, [*rows, row])
+            print(*values, round(found), flush=True)
 
 
 def main():

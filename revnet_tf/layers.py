@@ -288,6 +288,11 @@ class RevSequence(_ReversibleLayer):
     memory does not depend on the number of blocks, in eager mode, in a graph and with
     XLA.
 
+    The sequence splits one tensor at its first `RevBlock`. Each `SpaceToDepth` and
+    `ChannelPadding` before it acts on the whole tensor. Only the width at the first
+    `RevBlock` must be even. Later each `SpaceToDepth` acts on each stream. The order is
+    that of the blocks, through all nested sequences.
+
     Args:
         blocks: list of reversible layers, with the same `axis` and dtype: `RevBlock`,
             `RevSequence`, `SpaceToDepth` and `ChannelPadding`. Blocks with
@@ -301,11 +306,6 @@ class RevSequence(_ReversibleLayer):
 
     Attributes:
         blocks: tuple of the blocks.
-
-    The sequence splits one tensor at its first `RevBlock`. Each `SpaceToDepth` and
-    `ChannelPadding` before it acts on the whole tensor. Only the width at the first
-    `RevBlock` must be even. Later each `SpaceToDepth` acts on each stream. The order is
-    that of the blocks, through all nested sequences.
 
     Call arguments and errors are those of `RevBlock`. The output has the structure of
     the input. Its shape is that of the input unless a `SpaceToDepth` or a
@@ -596,6 +596,10 @@ class ChannelPadding(_Rearrangement):
     Output shape:
         The shape of the input with `channels` on the last axis. For a pair, each tensor
         has half of them.
+
+    The backward pass of a `RevBlock` after the padding gets exact zeros: in a sequence
+    in every mode, else in a graph. A sequence that is called on one tensor and begins
+    with a padding also uses its own input in the backward pass.
 
     Raises:
         ValueError: the input has more than `channels` channels, or it is a pair and

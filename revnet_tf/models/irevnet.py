@@ -89,7 +89,8 @@ def iRevNet(
     - for each stage, space to depth by its stride, and its blocks.
 
     In training the body stores its last output only, for any number of stages and
-    blocks. `model.get_layer("body").inverse(features)` returns the images.
+    blocks. With a padding it also uses its input, the images.
+    `model.get_layer("body").inverse(features)` returns the images.
 
     Two blocks of the paper are one `RevBlock`. The layer names give the numbers of both
     blocks: `stage2_blocks3_4` has the branches `stage2_block3` and `stage2_block4`.

@@ -100,7 +100,7 @@ NEW = """{
 """
 OPTIONAL = (
     "pad flip test_in_mean schedule decay_steps warmup_steps momentum recompute "
-    "image_size fraction_bits seed precision jit deterministic"
+    "image_size fraction_bits seed precision jit deterministic standardize decay_factor"
 ).split()
 
 
