@@ -77,7 +77,8 @@ class Coupling(NamedTuple):
         x1, x2 = stored or (None, None)
         (y1,), (gy,), pull = again(self.g, [y1], after=[d1, d2])
         if not stored:
-            x2 = self._restored(subtract(y2, gy, self.fraction_bits))
+            x2 = subtract(y2, gy, self.fraction_bits)
+            x2 = self._restored(x2)
             (d2,) = wait([x2], [d2])  # y2 and gy are free before `pull` needs memory
         d1 += pull([d2])[0]  # dz1 = dy1 + (dG/dz1)^T dy2, and dwG
         (x2,), (fx,), pull = again(self.f, [x2], after=[d1, d2])
