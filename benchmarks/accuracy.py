@@ -1,6 +1,6 @@
 """The error of trained networks over several seeds, and its course over the epochs.
 
-    python -m benchmarks.accuracy             # the short CIFAR-10 recipes; 5 hours
+    python -m benchmarks.accuracy             # the short CIFAR-10 recipes; 7 hours
     python -m benchmarks.accuracy --recipes cifar10_revnet110 --seeds 0 1 2
     python -m benchmarks.accuracy --plot      # accuracy.png again, from the CSV files
 
@@ -20,7 +20,11 @@ from training import outputs, runs
 from training.recipes import RECIPES
 
 RUN = ("recipe", "recompute", "seed")
-SHORT = ("cifar10_revnet38_short", "cifar10_resnet32_short")
+SHORT = (
+    "cifar10_revnet38_short",
+    "cifar10_resnet32_short",
+    "cifar10_irevnet_short",
+)
 
 
 def wanted(recipes, seeds, stored):

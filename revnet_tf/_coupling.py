@@ -48,6 +48,10 @@ class Coupling(NamedTuple):
         fraction_bits: of streams in fixed point, or `None`.
         anchor: whether to store the inputs instead of reconstructing them.
         elementary: as for `_fixed_point.quantize`.
+        restore: function that replaces rounding errors of `x2` by zeros, in the
+            channels that are zeros; see `_with_exact_zeros`. `None`: there are none.
+        inputs: function, `inputs(after)` returns the true inputs of the block once
+            `after` is there. `None`: the backward pass reconstructs them.
     """
 
     f: Callable
@@ -55,6 +59,8 @@ class Coupling(NamedTuple):
     fraction_bits: int | None = None
     anchor: bool = False
     elementary: bool = False
+    restore: Callable | None = None
+    inputs: Callable | None = None
 
     def forward(self, call, x1, x2):
         (fx,) = call(self.f, [x2])
@@ -65,10 +71,14 @@ class Coupling(NamedTuple):
 
     def backward(self, again, stored, outputs, gradients, reconstruct=True):
         (y1, y2), (d1, d2) = outputs, gradients
+        if self.inputs is not None:
+            stored = self.inputs(after=[d1, d2, *again.last])
+            y1 = add(stored[0], *again.evaluate(self.f, stored[1:]))
         x1, x2 = stored or (None, None)
         (y1,), (gy,), pull = again(self.g, [y1], after=[d1, d2])
         if not stored:
             x2 = subtract(y2, gy, self.fraction_bits)
+            x2 = self._restored(x2)
             (d2,) = wait([x2], [d2])  # y2 and gy are free before `pull` needs memory
         d1 += pull([d2])[0]  # dz1 = dy1 + (dG/dz1)^T dy2, and dwG
         (x2,), (fx,), pull = again(self.f, [x2], after=[d1, d2])
@@ -80,8 +90,38 @@ class Coupling(NamedTuple):
 
     def inverse(self, call, y1, y2):
         x2 = subtract(y2, *call(self.g, [y1]), self.fraction_bits)
+        x2 = self._restored(x2)
         x1 = subtract(y1, *call(self.f, [x2]), self.fraction_bits)
         return [x1, x2]
+
+    def _restored(self, x2):
+        return x2 if self.restore is None else self.restore(x2)
+
+
+class Rearrangement(NamedTuple):
+    """A reversible block without weights, which moves values and adds zeros.
+
+    Attributes:
+        there: function from a list of streams to a list of streams.
+        back: its inverse. It is also the transpose of `there`, so it maps gradients for
+            the outputs to gradients for the inputs.
+        adds_zeros: whether `there` adds zeros.
+    """
+
+    there: Callable
+    back: Callable
+    adds_zeros: bool = False
+
+    def forward(self, call, *inputs):
+        return self.there(inputs), []
+
+    def backward(self, again, stored, outputs, gradients, reconstruct=True):
+        inputs = self.back(outputs)
+        # The outputs are free before the gradients need memory.
+        return inputs, self.back(wait(inputs, gradients))
+
+    def inverse(self, call, *outputs):
+        return self.back(outputs)
 
 
 class Transition(NamedTuple):
@@ -228,6 +268,10 @@ class SecondCalls:
 
         return inputs, outputs, pull
 
+    def evaluate(self, function, inputs):
+        """Returns the outputs of the first function that the block calls."""
+        return function(self._weights, self._states[0], inputs)[0]
+
 
 def vjp(function, weights, state, inputs):
     """Evaluates a function for its vector-Jacobian product.
@@ -271,7 +315,7 @@ class Step(NamedTuple):
             with the true inputs, which the run then stores.
     """
 
-    block: Coupling | Transition | Skip | Recompute
+    block: Coupling | Rearrangement | Transition | Skip | Recompute
     weights: Sequence[int] = ()
     state: Sequence[int] = ()
     traces: dict | None = None
@@ -321,13 +365,15 @@ class Handoff:
         pair: the `Pair` that joined them.
         num_outputs: int, the number of joined tensors.
         needed: whether the first run uses the streams in its backward pass.
+        trailing: list of the rearrangements after the last other block.
     """
 
-    def __init__(self, streams, pair, num_outputs, needed):
+    def __init__(self, streams, pair, num_outputs, needed, trailing):
         self.streams = streams
         self.pair = pair
         self.num_outputs = num_outputs
         self.needed = needed
+        self.trailing = trailing
         self._graph = None
 
     def give_back(self, streams, gradients, joined, last):
@@ -412,6 +458,8 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
             lack the part that comes through the reconstruction.
     """
     result = tie = None
+    before = received.trailing if received else [_as_rearrangement(pair_in)]
+    steps, trailing = _with_exact_zeros(steps, before)
 
     def forward(*arguments):
         nonlocal result
@@ -425,7 +473,7 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
         _refuse_foreign_variables(tape.watched_variables())
         outputs, flat_losses = pair_out.join(streams), tf.nest.flatten(losses)
         needed = not isinstance(steps[-1].block, Recompute)
-        handoff = Handoff(streams, pair_out, len(outputs), needed)
+        handoff = Handoff(streams, pair_out, len(outputs), needed, trailing)
         result = Result(outputs, new_state, flat_losses, handoff)
 
         def backward(*gradients):
@@ -436,9 +484,12 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
             d_losses = tf.nest.pack_sequence_as(losses, gradients[count + 1 :])
             streams, d_streams, last = handoff.take(d_outputs)
             needed = bool(received and received.needed)
+            padded = steps
+            if not received:
+                padded = _with_true_inputs(steps, pair_in, inputs_)
             found = _with_current_inputs(stored, first, received)
             streams, d_streams, d_weights, last = _backward(
-                steps, found, weights, d_losses, streams, d_streams, last, needed
+                padded, found, weights, d_losses, streams, d_streams, last, needed
             )
             # TensorFlow does not save a custom gradient inside of another one. It
             # differentiates a loaded gradient in the ordinary way, which is right.
@@ -518,14 +569,93 @@ def _backward(
     return streams, d_streams, [*map(_or_zeros, d_weights, weights)], last
 
 
-def inverse(steps, outputs, weights=(), state=()):
+def inverse(steps, outputs, pair_in, weights=(), state=()):
     """Returns the streams that reversible blocks map to `outputs`; drops new states."""
+    steps, _ = _with_exact_zeros(steps, [_as_rearrangement(pair_in)])
     for step in reversed(steps):
         call = FirstCalls(
             [weights[i] for i in step.weights], [state[i] for i in step.state]
         )
         outputs = step.block.inverse(call, *outputs)
     return outputs
+
+
+def _with_exact_zeros(steps, rearrangements):
+    """Returns steps whose couplings restore the zeros that a padding has added.
+
+    Rounding replaces these zeros by tiny values. A branch with normalization divides a
+    channel of tiny values by its tiny deviation, and a ReLU has another gradient at a
+    tiny value than at zero. The gradient would be another one.
+
+    Args:
+        steps: list of `Step`.
+        rearrangements: list of `Rearrangement`, those directly before the steps.
+
+    Returns:
+        The steps, and the rearrangements directly after the last block.
+    """
+    found = []
+    for step in steps:
+        if isinstance(step.block, Rearrangement):
+            rearrangements = [*rearrangements, step.block]
+        else:
+            if isinstance(step.block, Coupling):
+                block = step.block._replace(restore=_restoring(rearrangements))
+                step = step._replace(block=block)
+                if block.restore is not None:  # another function than its twins
+                    step = step._replace(traces=None)
+            rearrangements = []
+        found.append(step)
+    return found, rearrangements
+
+
+def _with_true_inputs(steps, pair_in, inputs):
+    """Returns steps whose first coupling uses the inputs of the run after a padding.
+
+    The inputs are smaller than the streams after the padding, and mostly exist anyway:
+    an image is the input of the network. With a stream of zeros the first branch often
+    returns zeros, and the second branch needs these exactly, too.
+    """
+    rearrangements = [pair_in.split]
+    for i, step in enumerate(steps):
+        if isinstance(step.block, Rearrangement):
+            rearrangements.append(step.block.there)
+            continue
+        if getattr(step.block, "restore", None) and step.block.fraction_bits is None:
+
+            def true_inputs(after):
+                streams = wait(after, inputs)
+                for there in rearrangements:
+                    streams = there(streams)
+                return streams
+
+            block = step.block._replace(inputs=true_inputs)
+            return [*steps[:i], step._replace(block=block), *steps[i + 1 :]]
+        break
+    return steps
+
+
+def _restoring(rearrangements):
+    """Returns a function of the second stream, the `restore` of a `Coupling`."""
+    blocks = [*itertools.dropwhile(lambda b: not b.adds_zeros, rearrangements)]
+    if not blocks:
+        return None
+
+    def restore(x2):
+        # A padding acts on both streams. The first one is not known yet.
+        streams = [tf.zeros_like(x2), x2]
+        for block in reversed(blocks):
+            streams = block.back(streams)
+        for block in blocks:
+            streams = block.there(streams)
+        return streams[1]
+
+    return restore
+
+
+def _as_rearrangement(pair):
+    adds_zeros = any(block.adds_zeros for block in pair.leading)
+    return Rearrangement(pair.split, pair.join, adds_zeros)
 
 
 def add(x, change, fraction_bits=None, elementary=False):

@@ -159,7 +159,9 @@ class RunLayer(keras.layers.Layer):
         runs = [
             (recompute and not store, [layer for layer, _ in found])
             for recompute, found in itertools.groupby(
-                self.blocks_in_order(), lambda found: found[1]
+                # `pair_in` applies the leading blocks.
+                itertools.islice(self.blocks_in_order(), len(pair_in.leading), None),
+                key=lambda found: found[1],
             )
         ]
         handoff = None
@@ -314,10 +316,20 @@ class PairLayer(RunLayer):
         **kwargs,
     ) -> Tensors:
         inputs = self.cast(inputs)
-        pair = pair_of(inputs, self.axis)
-        arguments = self.call_arguments(training, pair.split_mask(mask), kwargs)
-        outputs = self.apply_blocks(tf.nest.flatten(inputs), arguments, pair, pair)
+        pair_in, pair_out = self.pairs(inputs)
+        arguments = self.call_arguments(training, pair_in.split_mask(mask), kwargs)
+        flat = tf.nest.flatten(inputs)
+        outputs = self.apply_blocks(flat, arguments, pair_in, pair_out)
         return tf.nest.pack_sequence_as(inputs, outputs)
+
+    def pairs(self, tensors: Tensors) -> tuple[Pair, Pair]:
+        """Returns the `Pair`s that split the input and join the output.
+
+        Args:
+            tensors: the input or the output, which have the same structure.
+        """
+        pair = pair_of(tensors, self.axis)
+        return pair, pair
 
     def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         return input_shape

@@ -15,6 +15,7 @@ ARGUMENTS = {
     "cifar10_own_network": "--epochs 1 --steps 3",
     "memory_budget": "--blocks 4 --batch-size 16 --budgets 2 --steps 2",
     "drift": "--blocks 4 --steps 3 --plot drift.png",
+    "features": "--blocks 2 --steps 3 --plot features.png",
 }
 # All examples in one process. TFDS draws random images where it has not prepared any.
 RUN = """
@@ -96,6 +97,16 @@ def test_drift_is_ruled_out_by_fixed_point_and_bounded_by_anchors(outputs):
     assert fixed == 0 < anchored < bfloat16
     assert output.count("'reconstruction_error'") >= 1
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.thorough
+def test_features_of_each_stage_return_the_images(outputs):
+    results, folder = outputs
+    output = results["features"]
+    for stage in ("stage1", "stage2", "stage3"):
+        assert number_after(f"images from {stage}", output) < 1e-3
+    assert number_after("difference of the two interpolations", output) > 1e-3
+    assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.thorough

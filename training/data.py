@@ -1,5 +1,6 @@
 """The data sets of the recipes."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 
@@ -48,14 +49,16 @@ def load_images(task, data_dir, skip_corrupt, download):
                 f"data_dir={data_dir}: the digits are part of scikit-learn; leave "
                 "--data-dir out."
             )
-        return _digits(task)
-    if task.dataset.split("/")[0] in prepared.names():
+        images = _digits(task)
+    elif task.dataset.split("/")[0] in prepared.names():
         builder = prepared.builder(task.dataset, data_dir, download)
         if task.dataset == "imagenet2012":
             return ImageNet(builder, skip_corrupt)
-        return _in_memory(builder, skip_corrupt, task)
-    found = _folder(task.dataset, data_dir)
-    return folder.load(found, task.image_size, skip_corrupt, task.test_in_mean)
+        images = _in_memory(builder, skip_corrupt, task)
+    else:
+        found = _folder(task.dataset, data_dir)
+        images = folder.load(found, task.image_size, skip_corrupt, task.test_in_mean)
+    return dataclasses.replace(images, standardize=task.standardize)
 
 
 def failure(images):

@@ -26,7 +26,8 @@ class Images:
         num_train_images, num_test_images: ints, the numbers of images, including
             corrupt images. The length of an epoch depends on `num_train_images`.
         mean: `float32` array of the shape of an image, which `normalize` subtracts.
-        scale: number, by which `normalize` then divides.
+        scale: number, or array of one number for each channel, by which `normalize`
+            then divides.
         records: tuple of the `prepared.Records` of the splits. It is empty if the
             images are not read from files.
     """
@@ -95,7 +96,9 @@ class Images:
 class ImagesInMemory(Images):
     """A data set in memory: `uint8` images `(n, height, width, channels)`, and labels.
 
-    The mean is the mean of each pixel over the training images, or over all images.
+    `normalize` subtracts the mean image and divides by 255. With `standardize` it
+    subtracts the mean of each channel and divides by its standard deviation. These are
+    the values of the training images, with `test_in_mean` of all images.
     """
 
     train_images: np.ndarray
@@ -105,7 +108,7 @@ class ImagesInMemory(Images):
     class_names: list[str]
     test_in_mean: bool = False
     records: tuple = ()
-    scale = 255  # The authors divide after they subtract the mean, too.
+    standardize: bool = False
 
     @property
     def image_shape(self):
@@ -121,10 +124,41 @@ class ImagesInMemory(Images):
 
     @functools.cached_property
     def mean(self):
-        sets = [self.train_images, self.test_images][: 1 + self.test_in_mean]
+        if self.standardize:
+            means, _ = self._moments
+            return np.broadcast_to(means, self.image_shape).astype(np.float32)
         # The sum is exact: the values are integers.
-        total = sum(images.sum(axis=0, dtype=np.int64) for images in sets)
-        return (total / sum(map(len, sets))).astype(np.float32)
+        total = sum(images.sum(axis=0, dtype=np.int64) for images in self._in_mean)
+        return (total / sum(map(len, self._in_mean))).astype(np.float32)
+
+    @functools.cached_property
+    def scale(self):
+        if not self.standardize:
+            return 255  # The authors divide after they subtract the mean, too.
+        _, deviations = self._moments
+        return np.where(deviations > 0, deviations, 1).astype(np.float32)
+
+    @property
+    def _in_mean(self):
+        return [self.train_images, self.test_images][: 1 + self.test_in_mean]
+
+    @functools.cached_property
+    def _moments(self):
+        """The mean and the standard deviation of each channel."""
+        values = np.arange(256)
+        # Exact, and without a copy of all images in a wider dtype.
+        counts = sum(
+            np.stack(
+                [
+                    np.bincount(channel.ravel(), minlength=256)
+                    for channel in np.moveaxis(images, -1, 0)
+                ]
+            )
+            for images in self._in_mean
+        )
+        shares = counts / counts.sum(axis=1, keepdims=True)
+        means = shares @ values
+        return means, np.sqrt(shares @ values**2 - means**2)
 
     def training_batches(self, recipe, first_step=0, context=ALONE):
         # The pipeline runs on the host, also on a machine with a GPU.

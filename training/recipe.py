@@ -35,7 +35,7 @@ class ResNet(Settings):
         {"above": 0, "below": 2**14},
     )
     bottleneck: bool = setting(
-        "use branches of 1x1, 3x3 and 1x1 convolutions, not of two 3x3 convolutions."
+        "use branches of 1x1, 3x3 and 1x1 convolutions, not of 3x3 convolutions only."
     )
 
     def __post_init__(self):
@@ -74,6 +74,73 @@ class RevNet(ResNet):
         {"at least": 0, "below": 23},
         default=None,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class iRevNet(Settings):
+    """The network without any loss up to its head, `revnet_tf.models.iRevNet`."""
+
+    num_blocks: tuple[int, ...] = setting(
+        "blocks of each stage.", {"above": 0, "below": 10_001}
+    )
+    stream_channels: tuple[int, ...] = setting(
+        "channels of each stage of an i-RevNet, of one stream.",
+        {"above": 3, "below": 2**14},
+    )
+    strides: tuple[int, ...] = setting(
+        "block size of space to depth before each stage of an i-RevNet; 1 for none.",
+        {"above": 0, "below": 2**7},
+    )
+    first_block_size: int = setting(
+        "block size of space to depth on the image, before an i-RevNet; 1 for none.",
+        {"above": 0, "below": 2**7},
+        default=1,
+    )
+    dropout: float = setting(
+        "rate of dropout in each block of an i-RevNet.",
+        {"at least": 0, "below": 1},
+        default=0.0,
+    )
+    bottleneck: bool = setting(
+        "use branches of 1x1, 3x3 and 1x1 convolutions, not of 3x3 convolutions only.",
+        default=False,
+    )
+    recompute: bool = setting(
+        "reconstruct activations in the backward pass, do not store them.", default=True
+    )
+    fraction_bits: int | None = setting(
+        "use fixed-point streams with this number of fraction bits, which are "
+        "reconstructed bit for bit; without the flag, floating-point streams.",
+        {"at least": 0, "below": 23},
+        default=None,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        even = self.num_blocks and not any(count % 2 for count in self.num_blocks)
+        change = "give an even number of blocks for each stage; two are one RevBlock"
+        self.require("num_blocks", even, change)
+        change = f"give one number for each of {len(self.num_blocks)} stages"
+        for field in ("stream_channels", "strides"):
+            same = len(getattr(self, field)) == len(self.num_blocks)
+            self.require(field, same, change)
+
+    def build(self, task, images, optimizer):
+        """Returns the Keras model, normalized images to logits."""
+        from revnet_tf import models
+
+        arguments = dict(vars(self))
+        # The published schedule decays all weights.
+        regularizer = optimizer.kernel_regularizer()
+        return models.iRevNet(
+            channels=arguments.pop("stream_channels"),
+            **arguments,
+            input_shape=images.image_shape,
+            classes=len(images.class_names),
+            classifier_activation=None,
+            kernel_regularizer=regularizer,
+            bias_regularizer=regularizer,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +325,7 @@ class Classification(Task):
 
 @dataclasses.dataclass(frozen=True)
 class SmallImageClassification(Classification):
-    """Images in memory, less their mean image, augmented by crops and flips."""
+    """Images in memory, normalized, and augmented by crops and flips."""
 
     image_size: int | None = setting(
         "height and width to which every image is resized; without the flag, images "
@@ -277,6 +344,11 @@ class SmallImageClassification(Classification):
     test_in_mean: bool = setting(
         "subtract the mean of training and test images, as the paper's authors do, "
         "not of training images only.",
+        default=False,
+    )
+    standardize: bool = setting(
+        "subtract the mean of each channel and divide by its standard deviation; "
+        "without the flag, subtract the mean image and divide by 255.",
         default=False,
     )
 
@@ -415,7 +487,8 @@ class _Penalized(Optimizer):
     """An optimizer with weight decay as a penalty in the loss."""
 
     weight_decay: float = setting(
-        "w * weight_decay is added to the gradient of each conv and dense kernel w.",
+        "w * weight_decay is added to the gradient of each conv and dense kernel w, in "
+        "an i-RevNet of each weight.",
         NOT_NEGATIVE,
     )
 
@@ -468,12 +541,15 @@ class Schedule(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Piecewise(Schedule):
-    """A learning rate that falls to a tenth at each of the decay steps."""
+    """A learning rate that falls by a factor at each of the decay steps."""
 
     decay_steps: tuple[int, ...] = setting(
-        "steps at which a piecewise learning rate falls to a tenth of its value.",
-        COUNT,
-        default=(),
+        "steps at which a piecewise learning rate falls.", COUNT, default=()
+    )
+    decay_factor: float = setting(
+        "factor of a piecewise learning rate at each of the decay steps.",
+        {"above": 0, "below": 1},
+        default=0.1,
     )
 
     def __post_init__(self):
@@ -492,7 +568,10 @@ class Piecewise(Schedule):
         return keras.optimizers.schedules.PiecewiseConstantDecay(
             # A boundary is the last step of the rate before it.
             [step - 1 for step in self.decay_steps],
-            [self.learning_rate / 10**i for i in range(len(self.decay_steps) + 1)],
+            [
+                self.learning_rate * self.decay_factor**i
+                for i in range(len(self.decay_steps) + 1)
+            ],
         )
 
 
@@ -522,7 +601,7 @@ class Cosine(Schedule):
 
 
 PARTS = {
-    "network": (ResNet, RevNet, RevUNet),
+    "network": (ResNet, RevNet, iRevNet, RevUNet),
     "task": (SmallImageClassification, ImageNetClassification, Segmentation),
     "optimizer": (SGD, Adam),
     "schedule": (Piecewise, Cosine),
@@ -587,8 +666,8 @@ CHOICES = (
     DATASET,
     Choice(
         "schedule",
-        "piecewise (falls to a tenth at each of the decay steps) or cosine (rises from "
-        "0 in the warm-up, and falls to 0 at the end).",
+        "piecewise (falls at each of the decay steps) or cosine (rises from 0 in the "
+        "warm-up, and falls to 0 at the end).",
         {"piecewise": Piecewise, "cosine": Cosine},
     ),
 )

@@ -32,8 +32,16 @@ def model_input(input_tensor, input_shape):
     return inputs[0] if len(inputs) == 1 else inputs, input_tensor
 
 
-def head(x, include_top, pooling, classes, classifier_activation, kernel_regularizer):
-    """Applies pooling and the classifier. The arguments are those of `RevNet`."""
+def head(
+    x,
+    include_top,
+    pooling,
+    classes,
+    classifier_activation,
+    kernel_regularizer,
+    bias_regularizer=None,
+):
+    """Applies pooling and the classifier. The arguments are those of `iRevNet`."""
     if include_top or pooling == "avg":
         x = keras.layers.GlobalAveragePooling2D("channels_last", name="avg_pool")(x)
     elif pooling == "max":
@@ -45,6 +53,7 @@ def head(x, include_top, pooling, classes, classifier_activation, kernel_regular
         activation=classifier_activation,
         kernel_initializer=keras.initializers.VarianceScaling(1.0, "fan_in", "uniform"),
         kernel_regularizer=kernel_regularizer,
+        bias_regularizer=bias_regularizer,
         # Probabilities need full precision, also under a mixed policy.
         dtype=keras.config.dtype_policy().variable_dtype,
         name="predictions",

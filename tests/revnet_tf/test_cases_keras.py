@@ -32,7 +32,12 @@ from twins import (
 import revnet_tf
 from revnet_tf import RevBlock, RevSequence, models
 from revnet_tf.export import export_saved_model
-from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
+from revnet_tf.layers import (
+    ChannelPadding,
+    DownsamplingBlock,
+    PoolingShortcut,
+    SpaceToDepth,
+)
 
 layers = keras.layers
 
@@ -547,6 +552,8 @@ PUBLIC = {
         layers.Conv2D(4, 1, 2),
     ),
     "pooling": lambda: PoolingShortcut(6, 2),
+    "space_to_depth": lambda: SpaceToDepth(2),
+    "padding": lambda: ChannelPadding(6),
 }
 SHAPE = (6, 6, 4)
 

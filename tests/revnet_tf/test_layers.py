@@ -21,7 +21,12 @@ from twins import (
 
 import revnet_tf
 from revnet_tf import RevBlock, RevSequence
-from revnet_tf.layers import DownsamplingBlock, PoolingShortcut
+from revnet_tf.layers import (
+    ChannelPadding,
+    DownsamplingBlock,
+    PoolingShortcut,
+    SpaceToDepth,
+)
 
 layers = keras.layers
 
@@ -285,6 +290,8 @@ def every_public_layer():
         "f_is_g": RevBlock(shared, shared),
         "sequence": RevSequence([dense_block(), dense_block(recompute=False)]),
         "shared_in_sequence": RevSequence([RevBlock(shared, shared) for _ in "ab"]),
+        "padding": ChannelPadding(12, recompute=False),
+        "padded_sequence": RevSequence([ChannelPadding(8), dense_block()]),
         "downsampling": DownsamplingBlock(
             layers.Dense(6), layers.Dense(6), layers.Dense(6), layers.Dense(6)
         ),
@@ -319,15 +326,18 @@ def test_round_trip_through_config_and_files(name, tmp_path):
     assert len(other.variables) == len(model.variables)
 
 
-@pytest.mark.parametrize("cls", [RevBlock, RevSequence, DownsamplingBlock])
+@pytest.mark.parametrize(
+    "cls", [RevBlock, RevSequence, SpaceToDepth, ChannelPadding, DownsamplingBlock]
+)
 def test_constructor_arguments_equal_config_keys(cls):
-    layer = next(v for v in every_public_layer().values() if type(v) is cls)
+    known = [*every_public_layer().values(), SpaceToDepth()]
+    layer = next(v for v in known if type(v) is cls)
     accepted = set()
     for base in cls.__mro__[: cls.__mro__.index(layers.Layer)]:
         accepted |= set(inspect.signature(base.__init__).parameters)
     accepted -= {"self", "kwargs", "args"}
-    if cls is RevSequence:
-        accepted -= {"axis"}  # The blocks have it.
+    if cls in (RevSequence, SpaceToDepth, ChannelPadding):
+        accepted -= {"axis"}  # The blocks have it, or it is the last one.
     assert set(layer.get_config()) == accepted | {"name", "trainable", "dtype"}
 
 

@@ -45,6 +45,19 @@ def test_mean_can_include_the_test_images_as_the_authors_have_it():
     np.testing.assert_allclose(images.mean, everything.mean(axis=0), rtol=1e-6)
 
 
+def test_standardized_images_have_mean_0_and_deviation_1_in_each_channel():
+    images = dataclasses.replace(numbered_images(10), standardize=True)
+    x = images.normalize(images.train_images).numpy()
+    values = images.train_images.astype(np.float64)
+    mean, deviation = (f(values, axis=(0, 1, 2)) for f in (np.mean, np.std))
+    np.testing.assert_allclose(x, (values - mean) / deviation, atol=1e-5)
+    blank = dataclasses.replace(images, train_images=np.zeros_like(images.train_images))
+    assert not blank.normalize(blank.train_images).numpy().any()
+    both = dataclasses.replace(images, test_in_mean=True)
+    everything = np.concatenate([values, values[:7]])
+    np.testing.assert_allclose(both.mean[0, 0], everything.mean(axis=(0, 1, 2)))
+
+
 def test_mean_image_is_exact_where_a_float32_sum_is_not():
     bright = np.full((300_000, 1, 1, 1), 255, np.uint8)
     images = ImagesInMemory(bright, np.zeros(len(bright)), bright, bright, ["a"])

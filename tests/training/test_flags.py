@@ -18,8 +18,8 @@ from training.recipes import RECIPES
 ROOT = Path(__file__).parents[2]
 NUMBERS = (
     "classes num-blocks channels global-batch-size learning-rate train-steps "
-    "image-size weight-decay pad decay-steps warmup-steps momentum fraction-bits seed "
-    "save-every monitor memory-budget"
+    "image-size weight-decay pad decay-steps decay-factor warmup-steps momentum "
+    "fraction-bits seed save-every monitor memory-budget"
 ).split()
 MAY_BE_0 = "weight-decay pad warmup-steps momentum fraction-bits seed".split()
 
@@ -189,7 +189,8 @@ def test_every_field_is_a_flag():
         "--bottleneck --no-recompute --fraction-bits 14 --global-batch-size 3 "
         "--learning-rate 0.5 --schedule cosine --warmup-steps 3 --momentum 0.8 "
         "--weight-decay 0.7 --train-steps 4 --pad 5 --flip --test-in-mean --seed 6 "
-        "--image-size 24 --precision mixed_float16 --no-jit --deterministic"
+        "--image-size 24 --precision mixed_float16 --no-jit --deterministic "
+        "--standardize"
     ).split()
     _, name, recipe, _ = train.parse(argv)
     assert name == "digits_revnet"
@@ -213,14 +214,16 @@ def test_every_field_is_a_flag():
         "pad": 5,
         "flip": True,
         "test_in_mean": True,
+        "standardize": True,
         "seed": 6,
         "precision": "mixed_float16",
         "jit": False,
         "deterministic": True,
     }
-    volumes = RECIPES["brain_revunet"].values().keys()
-    of_volumes = volumes - recipe.values().keys()
-    assert recipe.values().keys() == flags().keys() - {"decay_steps"} - of_volumes
+    found = recipe.values().keys()
+    for other in ("cifar10_irevnet163", "brain_revunet"):
+        found |= RECIPES[other].values().keys()
+    assert flags().keys() == found | {"decay_steps"}
     _, _, recipe, _ = train.parse(["--decay-steps", "1", "2", "--no-reversible"])
     assert (recipe.schedule.decay_steps, type(recipe.network)) == ((1, 2), ResNet)
 

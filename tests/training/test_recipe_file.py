@@ -70,7 +70,8 @@ NEW = """{
     "image_size": null,
     "pad": 1,
     "flip": false,
-    "test_in_mean": false
+    "test_in_mean": false,
+    "standardize": false
   },
   "optimizer": {
     "kind": "SGD",
@@ -80,7 +81,8 @@ NEW = """{
   "schedule": {
     "kind": "Piecewise",
     "learning_rate": 0.1,
-    "decay_steps": [8]
+    "decay_steps": [8],
+    "decay_factor": 0.1
   },
   "global_batch_size": 50,
   "train_steps": 20,
@@ -98,7 +100,7 @@ NEW = """{
 """
 OPTIONAL = (
     "pad flip test_in_mean schedule decay_steps warmup_steps momentum recompute "
-    "image_size fraction_bits seed precision jit deterministic"
+    "image_size fraction_bits seed precision jit deterministic standardize decay_factor"
 ).split()
 
 

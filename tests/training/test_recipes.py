@@ -10,8 +10,23 @@ import tensorflow as tf
 from revnet_tf import models
 from training import fit, train
 from training.images import ImagesInMemory
-from training.recipe import PARTS, Optimizer, Recipe, ResNet, RevNet, Schedule, flags
-from training.recipes import CIFAR_NETWORKS, IMAGENET_NETWORKS, RECIPES
+from training.recipe import (
+    PARTS,
+    Optimizer,
+    Recipe,
+    ResNet,
+    RevNet,
+    Schedule,
+    flags,
+    iRevNet,
+)
+from training.recipes import (
+    CIFAR_NETWORKS,
+    IMAGENET_NETWORKS,
+    IREVNETS,
+    RECIPES,
+    SHORT_NETWORKS,
+)
 from training.settings import COUNT, Settings, setting
 
 TINY = RECIPES["digits_revnet"].replace(num_blocks=(1,), channels=(4, 4))
@@ -25,19 +40,33 @@ def test_networks_are_the_rows_of_the_papers_table():
         assert network == cls(row.num_blocks, row.channels, row.bottleneck)
 
 
+def test_irevnets_are_the_rows_of_the_table():
+    variants = {name.lower(): row for name, row in models.irevnet.VARIANTS.items()}
+    assert variants.keys() == IREVNETS.keys()
+    for name, network in IREVNETS.items():
+        row = variants[name]
+        assert network == iRevNet(
+            row.num_blocks,
+            row.channels,
+            row.strides,
+            row.first_block_size,
+            row.dropout,
+        )
+
+
 def test_each_network_has_a_recipe_for_each_of_its_data_sets():
     expected = {f"cifar{n}_{network}" for n in (10, 100) for network in CIFAR_NETWORKS}
     expected |= {f"imagenet_{network}" for network in IMAGENET_NETWORKS}
-    short = {"cifar10_revnet38_short", "cifar10_resnet32_short"}
+    expected |= {"cifar10_irevnet163", "cifar100_irevnet163", "imagenet_irevnet301"}
+    expected |= {f"cifar10_{network}_short" for network in SHORT_NETWORKS}
     others = {"digits_revnet", "pictures_revnet", "brain_revunet", "decathlon_revunet"}
-    assert set(RECIPES) == expected | short | others
+    assert set(RECIPES) == expected | others
 
 
 def test_short_recipes_differ_in_the_network_only():
-    revnet, resnet = (
-        RECIPES[f"cifar10_{network}_short"] for network in ("revnet38", "resnet32")
-    )
-    assert dataclasses.replace(revnet, network=resnet.network) == resnet
+    first, *others = (RECIPES[f"cifar10_{network}_short"] for network in SHORT_NETWORKS)
+    for other in others:
+        assert dataclasses.replace(first, network=other.network) == other
 
 
 def test_cifar_schedule_is_the_papers():
@@ -45,6 +74,14 @@ def test_cifar_schedule_is_the_papers():
     steps = [0, 39_999, 40_000, 59_999, 60_000, 79_999]
     rates = [float(rate(tf.constant(step, tf.int64))) for step in steps]
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+
+
+def test_irevnet_schedule_is_the_published():
+    rate = fit.learning_rate(RECIPES["cifar10_irevnet163"])
+    ends = [epoch * 390 for epoch in (60, 120, 160, 200)]  # whole batches of 128
+    rates = [float(rate(tf.constant(end - 1, tf.int64))) for end in ends]
+    np.testing.assert_allclose(rates, [0.1, 0.02, 0.004, 0.0008], rtol=1e-6)
+    assert RECIPES["cifar10_irevnet163"].train_steps == ends[-1]
 
 
 def test_learning_rate_without_decay_steps_is_constant():
@@ -86,6 +123,18 @@ def test_penalty_adds_weight_decay_times_weight_to_the_gradient(reversible):
             np.testing.assert_allclose(gradient, 0.5 * weight.numpy(), rtol=1e-6)
         else:
             assert gradient is None
+
+
+def test_irevnet_decays_all_weights():
+    tiny = dict(num_blocks=(2,), stream_channels=(4,), strides=(2,))
+    recipe = RECIPES["cifar10_irevnet_short"].replace(**tiny, weight_decay=0.5)
+    network = fit.build(recipe, images_of(classes=3))
+    weights = network.trainable_variables
+    with tf.GradientTape() as tape:
+        penalty = tf.add_n(network.losses)
+    gradients = tape.gradient(penalty, [weight.value for weight in weights])
+    for weight, gradient in zip(weights, gradients, strict=True):
+        np.testing.assert_allclose(gradient, 0.5 * weight.numpy(), rtol=1e-6)
 
 
 def test_network_has_the_fraction_bits_of_the_recipe():
@@ -131,11 +180,31 @@ def test_impossible_value_is_refused_by_the_name_of_its_field(change):
 @pytest.mark.parametrize(
     "change",
     [
+        {"num_blocks": (2, 3, 2)},
+        {"num_blocks": ()},
+        {"stream_channels": (16, 64)},
+        {"stream_channels": (16, 64, 3)},
+        {"strides": (1, 2)},
+        {"strides": (0, 2, 2)},
+        {"first_block_size": 0},
+        {"dropout": 1.0},
+    ],
+)
+def test_impossible_value_of_an_irevnet_is_refused_by_the_name_of_its_field(change):
+    field, *_ = change
+    with pytest.raises(ValueError, match=f"^{field}="):
+        RECIPES["cifar10_irevnet_short"].replace(**change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"learning_rat": 0.1},
         {"warmup_steps": 10},
         {"decay_steps": (10,), "schedule": "cosine"},
         {"fraction_bits": 14, "reversible": False},
         {"pad": 1, "dataset": "imagenet2012"},
+        {"strides": (1,)},
     ],
 )
 def test_field_that_no_part_of_the_recipe_has_is_refused(change):
@@ -155,10 +224,10 @@ def test_value_of_another_type_is_refused(value):
     "change, dropped, shared",
     [
         ({"reversible": False}, {"recompute", "fraction_bits"}, "num_blocks"),
-        ({"schedule": "cosine"}, {"decay_steps"}, "learning_rate"),
+        ({"schedule": "cosine"}, {"decay_steps", "decay_factor"}, "learning_rate"),
         (
             {"dataset": "imagenet2012"},
-            {"image_size", "pad", "flip", "test_in_mean"},
+            {"image_size", "pad", "flip", "test_in_mean", "standardize"},
             "classes",
         ),
     ],
