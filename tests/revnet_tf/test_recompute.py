@@ -22,6 +22,15 @@ MODES = [
 ]
 
 
+@pytest.fixture
+def float64():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+
+
+@keras.saving.register_keras_serializable("tests")
 class AddsALoss(layers.Layer):
     def call(self, x):
         self.add_loss(0.1 * keras.ops.mean(x**2))
@@ -42,12 +51,11 @@ def body(channels=6):
 
 
 def wrapped(wrap):
-    """Returns a network of two `body`s and of a layer that is used twice."""
+    """Returns a network of a `body` and of a layer that is used twice."""
     inputs = keras.Input((6, 6, 3))
     x = wrap(body())(inputs)
     shared = layers.Conv2D(6, 3, padding="same", activation="tanh")
     x = wrap(shared)(x) + wrap(shared)(x[:, ::-1])
-    x = wrap(body())(x)
     return keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x)))
 
 
@@ -57,8 +65,7 @@ def whole():
     x = layers.Rescaling(2.0)(inputs)
     nested_input = keras.Input((6, 6, 3))
     y = layers.Conv2D(6, 3, padding="same")(nested_input)
-    for _ in range(2):
-        y = y + body()(y)
+    y = y + body()(y)
     x = keras.Model(nested_input, y, name="nested")(x)
     shared = layers.Conv2D(6, 3, padding="same", activation="tanh", name="shared")
     x = x + shared(x)
@@ -78,7 +85,6 @@ TWINS = {
 
 def trained(make, **kwargs):
     """Returns a network after two steps, and the losses of the steps."""
-    keras.config.set_dtype_policy("float64")
     keras.utils.set_random_seed(3)
     model = make()
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
@@ -89,7 +95,7 @@ def trained(make, **kwargs):
     return model, history.history
 
 
-def assert_same_training(found, expected, exact_state):
+def assert_same_training(found, expected):
     (model, history), (twin, twin_history) = found, expected
     for name, values in twin_history.items():
         np.testing.assert_allclose(history[name], values, rtol=1e-9)
@@ -101,19 +107,19 @@ def assert_same_training(found, expected, exact_state):
         np.testing.assert_allclose(
             v.numpy(), w.numpy(), tolerance, tolerance, err_msg=v.path
         )
-    assert exact_state in (True, False)
 
 
 @pytest.mark.parametrize("kwargs", MODES)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_training_equals_that_of_the_ordinary_network(network, kwargs):
+@pytest.mark.parametrize(
+    "network", ["segments", pytest.param("wrapped", marks=pytest.mark.thorough)]
+)
+def test_training_equals_that_of_the_ordinary_network(network, kwargs, float64):
     found = trained(NETWORKS[network], **kwargs)
     expected = trained(TWINS[network], **kwargs)
-    assert_same_training(found, expected, "run_eagerly" in kwargs)
+    assert_same_training(found, expected)
 
 
-def test_state_after_a_pass_is_that_of_the_twin_to_the_last_bit():
-    keras.config.set_dtype_policy("float64")
+def test_state_after_a_pass_is_that_of_the_twin_to_the_last_bit(float64):
     pair = []
     for name in ("segments", "wrapped"):
         for make in (NETWORKS[name], TWINS[name]):
@@ -126,12 +132,12 @@ def test_state_after_a_pass_is_that_of_the_twin_to_the_last_bit():
 @pytest.mark.thorough
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_on_two_replicas_equals_that_of_the_ordinary_network(
-    network, two_replicas
+    network, two_replicas, float64
 ):
     with two_replicas.scope():
         found = trained(NETWORKS[network], jit_compile=False)
         expected = trained(TWINS[network], jit_compile=False)
-    assert_same_training(found, expected, False)
+    assert_same_training(found, expected)
 
 
 class Remat(layers.Layer):
@@ -178,7 +184,7 @@ def test_keras_remat_scope_fails_in_fit_of_a_functional_model():
     with keras.RematScope(mode="full"):
         model = whole()
     model.compile("sgd", "mse", jit_compile=False)
-    with pytest.raises(Exception, match=".+"):
+    with pytest.raises(ValueError, match="keywords arguments only when eager"):
         model.fit(np.ones((4, 6, 6, 3)), np.ones((4, 1)), verbose=0)
 
 
@@ -220,7 +226,8 @@ def test_nested_inputs_and_outputs_and_keywords_with_gradients(run):
     assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_masks_pass_through(run):
+@pytest.mark.thorough
+def test_masks_pass_through(run_in_every_mode):
     tokens = tf.constant([[3, 1, 0, 0], [2, 2, 5, 0]])
 
     def make(wrap):
@@ -231,7 +238,7 @@ def test_masks_pass_through(run):
         return keras.Model(x, wrap(layers.LSTM(5))(y))
 
     found = [
-        run(lambda t: loss_and_gradients_of(model, t))(tokens)  # noqa: B023
+        run_in_every_mode(lambda t: loss_and_gradients_of(model, t))(tokens)  # noqa: B023
         for model in (make(Recompute), make(lambda layer: layer))
     ]
     assert_close(*found, rtol=1e-4, atol=1e-5)
@@ -280,7 +287,7 @@ def test_config_and_weights_survive_the_file(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     x = images(2, 6, 6, 3)
     np.testing.assert_array_equal(loaded(x), model(x))
-    assert [v.path for v in loaded.variables] == [v.path for v in model.variables]
+    assert [v.name for v in loaded.variables] == [v.name for v in model.variables]
 
 
 def test_files_with_the_former_stem_load():
@@ -312,7 +319,7 @@ def test_a_recomputed_model_shares_layers_outputs_and_compile_state():
     assert found.optimizer is model.optimizer and found.loss == "mse"
     x = images(2, 6, 6, 3)
     np.testing.assert_array_equal(found(x), model(x))
-    features = keras.Model(found.input, [found.get_layer("nested").output])
+    features = keras.Model(found.input, found.get_layer("shared").output)
     assert features(x).shape == (2, 6, 6, 6)
     found.trainable = False
     assert not model.get_layer("shared").trainable
@@ -337,7 +344,7 @@ def test_losses_of_a_segment_count_once():
     x = images(2, 6, 6, 3)
     for network in (model, twin):
         network(x, training=True)
-    assert len(model.losses) == len(twin.losses) > 2
+    assert len(model.losses) == len(twin.losses) > 1
 
 
 def test_intermediate_outputs_of_a_recomputed_model(run):
@@ -353,16 +360,6 @@ def test_intermediate_outputs_of_a_recomputed_model(run):
         for network in (recompute(model, 3), model)
     ]
     assert_close(*found, rtol=1e-5, atol=1e-5)
-
-
-def skips_everything():
-    x = inputs = keras.Input((4,))
-    y = layers.Dense(4)(x)
-    z = layers.Dense(4)(y)
-    # Two tensors pass every place.
-    a, b = layers.Dense(4)(y), layers.Dense(4)(y + z)
-    first = layers.Dense(4)(inputs)
-    return keras.Model(inputs, [a + first + b, first * a])
 
 
 def test_models_that_cannot_be_recomputed_are_refused():
@@ -401,9 +398,9 @@ def test_layers_that_cannot_be_repeated_are_refused(run):
 
 def deep(recomputed=True, width=64):
     x = inputs = keras.Input((16, 16, width))
-    for _ in range(9):
-        y = layers.BatchNormalization()(x)
-        y = layers.Conv2D(width, 3, padding="same", activation="relu")(y)
+    for _ in range(10):
+        y = layers.Conv2D(width, 3, padding="same", activation="tanh")(x)
+        y = layers.Conv2D(width, 3, padding="same", activation="tanh")(y)
         x = layers.Add()([x, y])
     outputs = layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, outputs)
@@ -427,6 +424,7 @@ def test_with_xla_segments_store_less_than_two_thirds():
     assert found[0] < 2 / 3 * found[1]
 
 
+@pytest.mark.thorough
 def test_a_plan_chooses_segments_of_a_plain_model():
     model = deep(recomputed=False)
     most = round(1.16 * memory.estimate(model, 8).peak_bytes)
@@ -439,6 +437,7 @@ def test_a_plan_chooses_segments_of_a_plain_model():
     assert 1.15 * memory.estimate(planned, 8).peak_bytes <= least
 
 
+@pytest.mark.thorough
 def test_the_largest_batch_is_within_the_budget_and_the_next_one_is_not():
     model = deep()
     budget = 60_000_000
@@ -448,7 +447,8 @@ def test_the_largest_batch_is_within_the_budget_and_the_next_one_is_not():
 
 
 def test_budgets_that_are_none_are_refused():
-    model = deep()
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(4)(layers.Dense(4)(x)))
     for call in (
         lambda budget: memory.max_batch_size(model, budget),
         lambda budget: memory.plan(model, 2, budget),
@@ -459,7 +459,7 @@ def test_budgets_that_are_none_are_refused():
             with pytest.raises(ValueError, match="positive"):
                 call(budget)
     with pytest.raises(ValueError, match="one sample"):
-        memory.max_batch_size(model, 1000)
+        memory.max_batch_size(model, 10)
     with pytest.raises(ValueError, match="input_shape"):
         x = keras.Input((None, None, 3))
         memory.max_batch_size(keras.Model(x, layers.Conv2D(3, 3)(x)), 10**9)
@@ -498,11 +498,11 @@ def test_a_pretrained_model_is_tuned_and_its_plain_form_needs_no_library(tmp_pat
     inputs = keras.Input((32, 32, 3))
     x = layers.GlobalAveragePooling2D()(base(inputs))
     model = keras.Model(inputs, layers.Dense(3, "softmax")(x))
-    model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
     model.save(tmp_path / "pretrained.keras")
 
     x = 255 * np.random.default_rng(0).random((8, 32, 32, 3), dtype="float32")
     tuned = recompute(keras.models.load_model(tmp_path / "pretrained.keras"))
+    tuned.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
     before = tuned.get_weights()
     tuned.fit(x, np.arange(8) % 3, epochs=2, batch_size=4, verbose=0)
     assert any(np.any(a != b) for a, b in zip(before, tuned.get_weights(), strict=True))
