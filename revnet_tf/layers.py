@@ -1,6 +1,7 @@
 """The blocks of reversible networks: Keras layers that reverse or recompute."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -526,7 +527,7 @@ class Recompute(RunLayer):
         arguments = dict(self._extra_specs)
         self.layer(*arguments.pop("args", ()), **arguments)
 
-    def call(self, *args, training: bool | None = None, **kwargs):
+    def call(self, *args, training: bool | None = None, **kwargs) -> Any:
         if self.stores(static_bool(training)) or not self.recompute:
             return self.layer(*args, training=training, **kwargs)
         given = args, kwargs
@@ -551,24 +552,28 @@ class Recompute(RunLayer):
     ) -> _coupling.Recompute:
         return _coupling.Recompute(owner.function(self.layer.name, evaluate, {}))
 
-    def compute_output_spec(self, *args, **kwargs):
+    def compute_output_spec(self, *args, **kwargs) -> Any:
         return self.layer(*args, **kwargs)
 
     def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         return self.layer.compute_output_shape(input_shape)
 
-    def compute_mask(self, inputs, previous_mask) -> None:
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """Returns `None`: the call of the layer has given masks to the outputs."""
 
 
-@keras.saving.register_keras_serializable("revnet_tf", name="Stem")
-class _Stem(Recompute):
-    """A `Recompute` in a file of version 0.1."""
+@keras.saving.register_keras_serializable("revnet_tf")
+class Stem(Recompute):
+    """`Recompute` of the first layers of a network.
+
+    A class of its own, because the name of the class is in the files of weights.
+    """
 
     @classmethod
-    def from_config(cls, config: dict) -> Recompute:
+    def from_config(cls, config: dict) -> Self:
+        # Version 0.1 wrote these two, and cast the output to the dtype.
         left_out = ("axis", "dtype")
-        return Recompute.from_config(
+        return super().from_config(
             {k: v for k, v in config.items() if k not in left_out}
         )
 

@@ -9,7 +9,7 @@ last cut stores its activations: the backward pass begins there.
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -102,7 +102,9 @@ class SegmentedModel(keras.Model):
     def segments(self) -> tuple[Recompute, ...]:
         return tuple(part for _, part in self._parts() if isinstance(part, Recompute))
 
-    def call(self, inputs, training=None, mask=None, **kwargs):
+    def call(
+        self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs
+    ) -> Any:
         if not training:
             return super().call(inputs, training=training, mask=mask, **kwargs)
         flat = self._standardize_inputs(inputs)

@@ -22,9 +22,9 @@ from revnet_tf._layer import promise_alike
 from revnet_tf.layers import (
     DownsamplingBlock,
     PoolingShortcut,
-    Recompute,
     RevBlock,
     RevSequence,
+    Stem,
 )
 from revnet_tf.models._ends import check_arguments, finished, head, model_input
 from revnet_tf.normalization import BatchNormalization
@@ -189,9 +189,7 @@ def RevNet(
         name,
     )
     return network.build(
-        lambda layers: Recompute(
-            keras.Sequential(layers), recompute=recompute, name="stem"
-        ),
+        lambda layers: Stem(keras.Sequential(layers), recompute=recompute, name="stem"),
         lambda x, stage: _reversible_stage(x, stage, network, recompute, fraction_bits),
     )
 

@@ -306,7 +306,7 @@ def test_files_with_the_former_stem_load():
         "build_config": {"input_shape": [None, 3]},
     }
     stem = keras.saving.deserialize_keras_object(config)
-    assert type(stem) is Recompute and stem.recompute is False
+    assert isinstance(stem, Recompute) and stem.recompute is False
     assert stem(images(2, 3)).shape == (2, 4)
 
 
