@@ -10,9 +10,10 @@ A fresh process measures the peak of each plan. The steps of all plans alternate
 process. The figures are the ratios of the medians to ordinary backpropagation. One more
 row has the network with each block or segment under `keras.remat`.
 
-RevNet-38 has batches of 100 images of 32 x 32 pixels, and reversible blocks. Its files are
-`budget.csv` and `budget.png`. EfficientNetV2B0 has batches of 8 images of 160 x 160 pixels,
-and segments of `revnet_tf.recompute`. Its files are `budget_segments.*`.
+RevNet-38 has batches of 100 images of 32 x 32 pixels, and reversible blocks. Its files
+are `budget.csv` and `budget.png`. EfficientNetV2B0 has batches of 8 images of
+160 x 160 pixels, and segments of `revnet_tf.recompute`. Its files are
+`budget_segments.*`.
 """
 
 import argparse

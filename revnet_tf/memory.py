@@ -18,6 +18,7 @@ pipeline.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 import os
@@ -321,7 +322,9 @@ def _peak_with_margin(model, batch_size):
 def _largest_batch(peak, budget_bytes):
     """Returns the largest batch within a budget. A batch of 1 is within it."""
     fits, too_large, other, guess = 1, math.inf, 1, 16
-    while too_large - fits > 1:
+    for turn in itertools.count():
+        if too_large - fits <= 1:
+            return fits
         if peak(guess) <= budget_bytes:
             other, fits = fits, guess
         else:
@@ -329,8 +332,9 @@ def _largest_batch(peak, budget_bytes):
         # The peak is nearly linear in the batch size.
         a_sample = (peak(other) - peak(fits)) / (other - fits)
         more = (budget_bytes - peak(fits)) / a_sample if a_sample > 0 else fits
+        if turn % 4 == 3 and too_large < math.inf:
+            more = (too_large - fits) // 2
         guess = int(min(max(fits + more, fits + 1), too_large - 1))
-    return fits
 
 
 def _by_worth(model, batch_size):

@@ -175,6 +175,7 @@ def _has_graph(model):
 
 def _compiled(model, like):
     """Compiles a model with the optimizer, the loss and the metrics of another one."""
+    model.dtype_policy = like.dtype_policy
     if like.compiled:
         config = dict(like._compile_config.config)
         config |= {"optimizer": like.optimizer, "jit_compile": like.jit_compile}
