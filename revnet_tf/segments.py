@@ -335,7 +335,7 @@ def _placed(graph, segments=None):
     made = [sum(graph.sizes[k] for k in call.outputs) for call in graph.calls]
     made = np.concatenate([[0], np.cumsum(made)])[positions]
     # A segment holds no layer that recomputes by itself.
-    closed = [any(_recomputes(x) for x in (c.layer,) if x) for c in graph.calls]
+    closed = [c.layer is not None and _recomputes(c.layer) for c in graph.calls]
     closed = np.concatenate([[0], np.cumsum(closed)])[positions]
     possible = int(np.sum(np.diff(closed)[:-1] == 0))
     if segments is None:
