@@ -16,7 +16,7 @@ from revnet_tf import Recompute, RevBlock, RevSequence, memory, models, recomput
 layers = keras.layers
 
 MODES = [
-    pytest.param({"run_eagerly": True}, id="eager"),
+    pytest.param({"run_eagerly": True}, id="eager", marks=pytest.mark.thorough),
     pytest.param({"jit_compile": False}, id="graph"),
     pytest.param({"jit_compile": True}, id="xla", marks=pytest.mark.thorough),
 ]
@@ -262,7 +262,8 @@ def test_a_mixed_precision_layer_sees_what_it_sees_unwrapped():
     np.testing.assert_array_equal(tf.cast(y, "float32"), tf.cast(expected, "float32"))
 
 
-def test_layers_connect_with_reversible_blocks(run):
+@pytest.mark.thorough
+def test_layers_connect_with_reversible_blocks(run_in_every_mode):
     def make(flag):
         keras.utils.set_random_seed(0)
         x = keras.Input((8,))
@@ -275,7 +276,7 @@ def test_layers_connect_with_reversible_blocks(run):
 
     x = images(4, 8)
     found = [
-        run(lambda x: loss_and_gradients(model, x))(x)  # noqa: B023
+        run_in_every_mode(lambda x: loss_and_gradients(model, x))(x)  # noqa: B023
         for model in (make(True), make(False))
     ]
     assert_close(*found, rtol=1e-4, atol=1e-5)
