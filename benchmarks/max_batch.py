@@ -14,28 +14,23 @@ import json
 
 from benchmarks import processes
 
-NETWORKS = (
-    "RevNet38",
-    "ResNet32",
-    "ResNet32 in segments",
-    "MobileNetV3Large",
-    "MobileNetV3Large in segments",
-)
+NETWORKS = ("sequence", "ordinary", "RevNet", "ResNet", "ResNet in segments")
 FACTORS = (1, 2, 3, 4)
-# The batch of the smallest budget, about: large enough for the allocator's statistics.
-BATCHES = {"RevNet38": 128, "ResNet32": 48, "MobileNetV3Large": 8}
+# About the batch of the smallest budget: large enough for the allocator's statistics.
+BATCH_SIZE = 48
 
 
 def build(network):
     import keras
 
-    from benchmarks import applications
+    from benchmarks import networks
     from revnet_tf import models, recompute
 
+    if network in networks.CHAINS:
+        return networks.build(network, 4)
     name, *segments = network.split(" in ")
-    if name == "MobileNetV3Large":
-        return applications.build(name, "recompute" if segments else "ordinary")
-    model = getattr(models, name)(classifier_activation=None)
+    widths = (32, 32, 64, 128)
+    model = getattr(models, name)((2, 2, 2), widths, classifier_activation=None)
     model = recompute(model) if segments else model
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, jit_compile=False)
@@ -49,11 +44,10 @@ def measure_this_process(network):
     from revnet_tf import memory
 
     model = build(network)
-    batch = BATCHES[network.split(" in ")[0]]
-    smallest = memory.estimate(model, batch).peak_bytes
+    smallest = memory.estimate(model, BATCH_SIZE).peak_bytes
     budgets = [factor * smallest for factor in FACTORS]
     estimated = [memory.max_batch_size(model, budget) for budget in budgets]
-    sizes = [round(estimated[0]), estimated[1], estimated[2], round(1.2 * estimated[3])]
+    sizes = [*estimated[:3], round(1.2 * estimated[3])]
     peaks = [memory.measure(model, size).peak_bytes for size in sizes]
     # Beyond the first and last size, as between their neighbours.
     measured = []
