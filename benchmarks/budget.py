@@ -1,14 +1,19 @@
 """The time of a training step within a budget of memory.
 
-    python -m benchmarks.budget          # budget.csv and budget.png; 15 minutes
-    python -m benchmarks.budget --plot   # budget.png again, from budget.csv
+    python -m benchmarks.budget                            # RevNet-38; 15 minutes
+    python -m benchmarks.budget --network EfficientNetV2B0 # the other one; 15 minutes
+    python -m benchmarks.budget --plot                     # plots again, from the files
 
-`revnet_tf.memory.plan` plans RevNet-38 with batches of 100, in graph mode, for ten
-budgets. The smallest one suffices if all blocks recompute, the largest one suffices for
-ordinary backpropagation. A fresh process measures the peak of each plan. The steps of
-all plans alternate in one process. The figures are the ratios of the medians to
-ordinary backpropagation. One more row has the network with each block under
-`keras.remat`.
+`revnet_tf.memory.plan` plans a network in graph mode for ten budgets. The smallest one
+suffices if all blocks recompute, the largest one suffices for ordinary backpropagation.
+A fresh process measures the peak of each plan. The steps of all plans alternate in one
+process. The figures are the ratios of the medians to ordinary backpropagation. One more
+row has the network with each block or segment under `keras.remat`.
+
+RevNet-38 has batches of 100 images of 32 x 32 pixels, and reversible blocks. Its files
+are `budget.csv` and `budget.png`. EfficientNetV2B0 has batches of 8 images of
+160 x 160 pixels, and segments of `revnet_tf.recompute`. Its files are
+`budget_segments.*`.
 """
 
 import argparse
@@ -17,105 +22,131 @@ import json
 import math
 import statistics
 import time
+from unittest import mock
 
-from benchmarks import processes
+from benchmarks import applications, processes
 from benchmarks.provenance import FOLDER, IMAGES, provenance
 
-BATCH_SIZE, NUM_BUDGETS, ROUNDS = 100, 10, 11
+NETWORKS = {"RevNet38": "budget", "EfficientNetV2B0": "budget_segments"}
+BATCH_SIZES = {"RevNet38": 100, "EfficientNetV2B0": applications.BATCH_SIZE}
+NUM_BUDGETS, ROUNDS = 10, 11
 
 
-def build(way=0):
-    """Returns a compiled RevNet-38 whose last `way` blocks store activations.
+def build(network, way=""):
+    """Returns a compiled network.
 
-    With `way="remat"` plain blocks under `keras.remat` replace the reversible ones.
+    Args:
+        network: key of `NETWORKS`.
+        way: str, a digit for each block: whether it recomputes. With `"remat"`, plain
+            blocks under `keras.remat`.
     """
     import keras
 
     from benchmarks import networks
     from revnet_tf import models
 
-    model = models.RevNet38(classifier_activation=None)
-    if way == "remat":
-        model = networks.with_remat(model)
+    if network == "EfficientNetV2B0":
+        model = applications.build(network, "remat" if way == "remat" else "recompute")
     else:
-        layers = blocks_of(model)
-        for i, layer in enumerate(layers):
-            layer.recompute = i < len(layers) - way
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, jit_compile=False)
+        model = models.RevNet38(classifier_activation=None)
+        if way == "remat":
+            model = networks.with_remat(model)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, jit_compile=False)
+    if way != "remat":
+        for block, flag in zip(blocks_of(model), way, strict=bool(way)):
+            block.recompute = flag == "1"
     return model
 
 
 def blocks_of(model):
-    return [
-        block
-        for layer in model.layers
-        if hasattr(layer, "recompute")
-        for block in getattr(layer, "blocks", [layer])
-    ]
-
-
-def measure_this_process(budget):
     from revnet_tf import memory
 
-    if budget == "remat":
-        model, stored = build("remat"), "remat"
-    else:
-        model = memory.plan(build(), BATCH_SIZE, int(budget))
-        stored = sum(not block.recompute for block in blocks_of(model))
-    print(json.dumps([stored, memory.measure(model, BATCH_SIZE).peak_bytes]))
+    found = memory.recomputing_layers(model)
+    # The blocks of a sequence are among them.
+    return [layer for layer in found if not hasattr(layer, "blocks")]
 
 
-def step_seconds(ways):
+def way_of(model):
+    return "".join(str(int(block.recompute)) for block in blocks_of(model))
+
+
+def measure_this_process(network, way):
+    from revnet_tf import memory
+
+    found = memory.measure(build(network, way), BATCH_SIZES[network])
+    print(json.dumps(found.peak_bytes))
+
+
+def step_seconds(network, ways):
     """Returns a dict from each way to the seconds of its rounds."""
     import numpy as np
 
+    models = {way: build(network, way) for way in ways}
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((BATCH_SIZE, 32, 32, 3), dtype="float32")
-    y = np.zeros(BATCH_SIZE, "int32")
-    networks = {way: build(way) for way in ways}
+    shape = BATCH_SIZES[network], *next(iter(models.values())).input_shape[1:]
+    x, y = rng.random(shape, dtype="float32"), np.zeros(shape[0], "int32")
     seconds = {way: [] for way in ways}
-    for network in networks.values():  # The first step traces the network.
-        network.train_on_batch(x, y)
+    for model in models.values():  # The first step traces the network.
+        model.train_on_batch(x, y)
     for _ in range(ROUNDS):
-        for way, network in networks.items():
+        for way, model in models.items():
             start = time.perf_counter()
-            network.train_on_batch(x, y)
+            model.train_on_batch(x, y)
             seconds[way].append(time.perf_counter() - start)
     return seconds
 
 
-def sweep():
+def plans(network):
+    """Returns the budgets, and the way that each plan chooses."""
     from revnet_tf import memory
 
-    all_blocks = len(blocks_of(build()))
-    low, high = (
-        math.ceil(memory.PLAN_MARGIN * memory.estimate(model, BATCH_SIZE).peak_bytes)
-        for model in (build(), build(all_blocks))
-    )
-    budgets = [low + (high - low) * i // (NUM_BUDGETS - 1) for i in range(NUM_BUDGETS)]
-    budgets.append("remat")
-    # For each budget the number of storing blocks, and the measured peak.
-    plans = [processes.run("budget", budget) for budget in budgets]
-    ways = dict.fromkeys([all_blocks, *(stored for stored, _ in plans)])
-    seconds = step_seconds(ways)
+    batch_size, known, estimate = BATCH_SIZES[network], {}, memory.estimate
+
+    def estimated(model, batch_size):
+        # The plans for ten budgets ask for the same estimates.
+        way = way_of(model)
+        if way not in known:
+            known[way] = estimate(model, batch_size)
+        return known[way]
+
+    model = build(network)
+    all_recompute, all_store = ("1" * len(way_of(model)), "0" * len(way_of(model)))
+    with mock.patch.object(memory, "estimate", estimated):
+        low, high = (
+            math.ceil(memory.PLAN_MARGIN * estimated(found, batch_size).peak_bytes)
+            for found in (build(network, all_recompute), build(network, all_store))
+        )
+        steps = range(NUM_BUDGETS)
+        budgets = [low + (high - low) * i // (NUM_BUDGETS - 1) for i in steps]
+        ways = [way_of(memory.plan(model, batch_size, b)) for b in budgets]
+    return budgets, ways, all_store
+
+
+def sweep(network):
+    budgets, ways, ordinary = plans(network)
+    budgets, ways = [*budgets, "remat"], [*ways, "remat"]
+    different = dict.fromkeys([ordinary, *ways])
+    peaks = {way: processes.run("budget", network, way) for way in different}
+    seconds = step_seconds(network, different)
     medians = {way: statistics.median(s) for way, s in seconds.items()}
     common = provenance()
-    with open(FOLDER / "budget.csv", "w", newline="") as file:
+    with open(FOLDER / f"{NETWORKS[network]}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         columns = ["budget_bytes", "measured_peak_bytes", "stored_blocks"]
         writer.writerow([*common, *columns, "blocks", "step_seconds", "ratio"])
-        for budget, (way, peak) in zip(budgets, plans, strict=True):
-            row = [budget, peak, way, all_blocks, f"{medians[way]:.4g}"]
-            row.append(f"{medians[way] / medians[all_blocks]:.4g}")
+        for budget, way in zip(budgets, ways, strict=True):
+            stored = way if way == "remat" else way.count("0")
+            row = [budget, peaks[way], stored, len(ordinary), f"{medians[way]:.4g}"]
+            row.append(f"{medians[way] / medians[ordinary]:.4g}")
             writer.writerow([*common.values(), *row])
             print(*row)
 
 
-def plot():
+def plot(network):
     from matplotlib.figure import Figure
 
-    with open(FOLDER / "budget.csv", newline="") as file:
+    with open(FOLDER / f"{NETWORKS[network]}.csv", newline="") as file:
         *rows, remat = csv.DictReader(file)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()
@@ -136,23 +167,26 @@ def plot():
     ax.set(
         xlabel="memory of a training step, MB",
         ylabel="time of a step,\nordinary backpropagation = 1",
-        title=f"RevNet-38, batch {BATCH_SIZE}: {rows[0]['blocks']} blocks",
+        title=f"{network}, batch {BATCH_SIZES[network]}: {rows[0]['blocks']} blocks",
     )
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(IMAGES / "budget.png", dpi=120)
+    figure.savefig(IMAGES / f"{NETWORKS[network]}.png", dpi=120)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", action="store_true", help="only draw the plot")
-    parser.add_argument("--one", metavar="BUDGET_BYTES_OR_REMAT")
+    parser.add_argument("--network", choices=NETWORKS, default="RevNet38")
+    parser.add_argument("--one", nargs=2, metavar=("NETWORK", "WAY"))
     args = parser.parse_args()
     if args.one:
-        return measure_this_process(args.one)
+        return measure_this_process(*args.one)
     if not args.plot:
-        sweep()
-    plot()
+        sweep(args.network)
+    for network, name in NETWORKS.items():
+        if (FOLDER / f"{name}.csv").exists():
+            plot(network)
 
 
 if __name__ == "__main__":

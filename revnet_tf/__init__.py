@@ -4,21 +4,24 @@ Reference: Gomez et al., 2017, https://arxiv.org/abs/1707.04585
 """
 
 import revnet_tf._backend  # noqa: F401  First, before Keras.
-from revnet_tf import export, layers, memory, models, normalization, numerics
+from revnet_tf import export, layers, memory, models, normalization, numerics, segments
 from revnet_tf.layers import (
     ChannelPadding,
     DownsamplingBlock,
     PoolingShortcut,
+    Recompute,
     RevBlock,
     RevSequence,
     SpaceToDepth,
 )
+from revnet_tf.segments import recompute
 
 __version__ = "0.1.0"
 __all__ = [
     "ChannelPadding",
     "DownsamplingBlock",
     "PoolingShortcut",
+    "Recompute",
     "RevBlock",
     "RevSequence",
     "SpaceToDepth",
@@ -28,4 +31,6 @@ __all__ = [
     "models",
     "normalization",
     "numerics",
+    "recompute",
+    "segments",
 ]

@@ -198,7 +198,9 @@ class Recompute(NamedTuple):
         return call(self.function, inputs), inputs
 
     def backward(self, again, stored, outputs, gradients, reconstruct=True):
-        inputs, _, pull = again(self.function, stored, after=gradients)
+        # An output without a gradient, such as a mask, may have `None` for it.
+        after = [d for d in gradients if d is not None]
+        inputs, _, pull = again(self.function, stored, after)
         return inputs, pull(gradients)
 
 
@@ -358,7 +360,8 @@ class Handoff:
     Backward, while the gradient is traced: the next run gives back the streams that it
     reconstructed, and the gradients for them. If it gives nothing (no such run on the
     gradient's path, eager mode, another graph), the first run uses the streams that it
-    stored.
+    stored. A run that takes the outputs in another form, or only some of them, gives
+    back the gradients that it computed last. The first run then waits for these.
 
     Attributes:
         streams: list of tensors, the last outputs.
@@ -376,15 +379,23 @@ class Handoff:
         self.trailing = trailing
         self._graph = None
 
-    def give_back(self, streams, gradients, joined, last):
+    def give_back(self, last, given=None):
+        """Gives back what the next run computed.
+
+        Args:
+            last: list of tensors, the gradients that the run computed last.
+            given: `None`, or the streams, the gradients for them, and their join.
+        """
         # In eager mode the tape holds all outputs anyway.
         if not tf.executing_eagerly():
-            self._graph = tf.compat.v1.get_default_graph()
-            self._given = streams, gradients, joined, last
+            graph = tf.compat.v1.get_default_graph()
+            if self._graph is not graph:
+                self._graph, self._given = graph, None
+            self._given, self._last = given or self._given, last
 
     def current(self):
         """Returns the streams: those that a run gave back, or else those it holds."""
-        if self._graph is not tf.compat.v1.get_default_graph():
+        if self._graph is not tf.compat.v1.get_default_graph() or not self._given:
             return self.streams
         return self._given[0]
 
@@ -392,12 +403,14 @@ class Handoff:
         """Returns the streams, the gradients with that join, and the last ones."""
         if self._graph is not tf.compat.v1.get_default_graph():
             return self.streams, self.pair.split(joined), []
-        streams, gradients, given, last = self._given
+        if self._given is None:
+            return self.streams, self.pair.split(joined), self._last
+        streams, gradients, given = self._given
         # Without another consumer a gradient arrives as the same tensor. Splitting the
         # join is right in any case; it only takes longer.
         if any(a is not b for a, b in zip(given, joined, strict=True)):
             gradients = self.pair.split(joined)
-        return streams, gradients, last
+        return streams, gradients, self._last
 
 
 class Handoffs(NamedTuple):
@@ -416,16 +429,20 @@ class Handoffs(NamedTuple):
     def current(self):
         return [stream for part in self.parts for stream in part.current()]
 
-    def give_back(self, streams, gradients, joined, last):
-        streams, gradients, joined = map(iter, (streams, gradients, joined))
+    @property
+    def trailing(self):
+        return []
+
+    def give_back(self, last, given):
+        streams, gradients, joined = map(iter, given)
         for part in self.parts:
             count = len(part.streams)
-            part.give_back(
+            given = (
                 [*itertools.islice(streams, count)],
                 [*itertools.islice(gradients, count)],
                 [*itertools.islice(joined, part.num_outputs)],
-                last,
             )
+            part.give_back(last, given)
 
 
 class Result(NamedTuple):
@@ -437,7 +454,16 @@ class Result(NamedTuple):
     handoff: Handoff
 
 
-def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
+def run(
+    steps,
+    inputs,
+    pair_in,
+    pair_out,
+    weights=(),
+    state=(),
+    received=None,
+    earlier=(),
+):
     """Applies blocks in order, and stores only the last outputs for the gradient.
 
     Args:
@@ -448,6 +474,7 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
         weights: the tensors to which the blocks have gradients.
         state: the tensors that the blocks read and replace, without gradients.
         received: the `Handoff` of the run whose outputs are `inputs`, or `None`.
+        earlier: the `Handoff`s of other runs of which some outputs are among `inputs`.
 
     Returns:
         A `Result`.
@@ -479,9 +506,10 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
         def backward(*gradients):
             if tie is None:  # `forward` has not returned: a forward-mode derivative
                 raise NotImplementedError(_HIGHER_ORDER)
-            count = len(outputs)
-            d_outputs, d_tie = gradients[:count], gradients[count]
-            d_losses = tf.nest.pack_sequence_as(losses, gradients[count + 1 :])
+            given = iter(gradients)
+            d_outputs = [next(given) if _has_gradient(y) else None for y in outputs]
+            d_tie, *d_losses = given
+            d_losses = tf.nest.pack_sequence_as(losses, d_losses)
             streams, d_streams, last = handoff.take(d_outputs)
             needed = bool(received and received.needed)
             padded = steps
@@ -500,18 +528,23 @@ def run(steps, inputs, pair_in, pair_out, weights=(), state=(), received=None):
                 count = len(d_streams)
                 d_streams, d_weights = tied[:count], tied[count:]
             d_inputs = pair_in.join(d_streams)
+            for other in earlier:
+                other.give_back(last)
             if received:
-                received.give_back(streams, d_streams, d_inputs, last)
+                received.give_back(last, (streams, d_streams, d_inputs))
             return [*d_inputs, *d_weights]
 
-        return (*outputs, tf.zeros([0]), *flat_losses), backward
+        # Eager mode cannot return a gradient for a mask, for example.
+        differentiable = filter(_has_gradient, outputs)
+        return (*differentiable, tf.zeros([0]), *flat_losses), backward
 
     # `tie` is empty. The results of `backward` depend on it, so a second derivative for
     # the arguments arrives at `_first_order_only`.
     tensors = _custom_gradient.call(forward, *inputs, *weights)
-    count = len(result.outputs)
-    outputs, tie, losses = tensors[:count], tensors[count], tensors[count + 1 :]
-    return result._replace(outputs=list(outputs), losses=list(losses))
+    made = iter(tensors)
+    outputs = [next(made) if _has_gradient(y) else y for y in result.outputs]
+    tie, *losses = made
+    return result._replace(outputs=outputs, losses=losses)
 
 
 def _forward(steps, streams, weights, state):

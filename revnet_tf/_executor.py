@@ -107,7 +107,7 @@ def _execute(waiting_for, followers, uses, boundary, rng):
         elif large and len(under_way) < threads:
             op = large.pop()  # the one that became ready last
             memory.start(op)
-            heapq.heappush(under_way, (now + _work(op), rng.random(), op))
+            heapq.heappush(under_way, (now + work(op), rng.random(), op))
             continue
         else:
             now, _, op = heapq.heappop(under_way)
@@ -121,7 +121,7 @@ def _execute(waiting_for, followers, uses, boundary, rng):
     return memory.peak, kept
 
 
-def _work(op):
+def work(op):
     """Returns the duration of an operation, in an arbitrary unit."""
     size = sum(map(size_of, [*op.inputs, *op.outputs]))
     return size * (20 if "Conv" in op.type or "MatMul" in op.type else 1)

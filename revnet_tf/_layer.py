@@ -77,9 +77,6 @@ class RunLayer(keras.layers.Layer):
     Subclasses define `block`. In `LAYERS` they name the constructor arguments that are
     layers or lists of layers.
 
-    The outputs have the variable dtype of the policy, also under a mixed policy. Only
-    the branches compute in the lower precision.
-
     Args:
         recompute: bool; `False`: use ordinary backpropagation. Defaults to `True`.
     """
@@ -91,15 +88,8 @@ class RunLayer(keras.layers.Layer):
     # `promise_alike` gives one token to all layers that compute the same function.
     _promise = None
 
-    def __init__(
-        self,
-        *,
-        recompute: bool = True,
-        dtype: str | keras.DTypePolicy | None = None,
-        **kwargs,
-    ):
-        policy = keras.dtype_policies.get(dtype)
-        super().__init__(dtype=policy.variable_dtype, **kwargs)
+    def __init__(self, *, recompute: bool = True, **kwargs):
+        super().__init__(**kwargs)
         self.recompute = recompute
         self._extra_specs = {}
         self._traced = set()
@@ -124,8 +114,12 @@ class RunLayer(keras.layers.Layer):
     def __call__(self, *args, **kwargs):
         if not self.built:
             # Keras passes only the shape of the inputs to `build`.
-            self._extra_specs = _specs(kwargs)
+            self._extra_specs = self.specs(args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def specs(self, args: tuple, kwargs: dict) -> dict:
+        """Returns the arguments that `build` needs, as symbolic tensors."""
+        return symbolic(kwargs, leave_out=("inputs", "training", "mask"))
 
     def get_build_config(self) -> dict | None:
         config = super().get_build_config()
@@ -137,7 +131,14 @@ class RunLayer(keras.layers.Layer):
 
     def build_from_config(self, config: dict) -> None:
         self._extra_specs = _restored_specs(config.get("extra", {}))
-        super().build_from_config({"input_shape": config["input_shape"]})
+        super().build_from_config({"input_shape": config.get("input_shape")})
+
+    def stores(self, training: bool) -> bool:
+        """Tells the observer of a call. Returns whether all blocks store."""
+        observer = _observer.get()
+        if observer:
+            observer.called(self)
+        return not training or bool(observer and observer.store)
 
     def apply_blocks(
         self,
@@ -147,10 +148,8 @@ class RunLayer(keras.layers.Layer):
         pair_out: Pair,
     ) -> list[tf.Tensor]:
         """Applies the blocks to a list of tensors, and returns a list of tensors."""
-        if observer := _observer.get():
-            observer.called(self)
-        store = not arguments.training or bool(observer and observer.store)
-        received = None if store else self._received(inputs, pair_in)
+        store = self.stores(arguments.training)
+        received = None if store else self.received(inputs, pair_in)
         if self.fraction_bits is not None and received is None:
             inputs = [
                 _fixed_point.convert(x, self.fraction_bits, not arguments.training)
@@ -169,23 +168,30 @@ class RunLayer(keras.layers.Layer):
             first, last = i == 0, i == len(runs) - 1
             ends = pair_in if first else Pair(), pair_out if last else Pair()
             if recompute:
-                inputs, handoff = self._run(layers, inputs, arguments, ends, received)
+                inputs, handoff = self.run(layers, inputs, arguments, ends, received)
             else:
                 streams, handoff = ends[0].split(inputs), None
                 for layer in layers:
                     streams, _ = layer.block(arguments).forward(_ordinary, *streams)
                 inputs = ends[1].join(streams)
             received = None
-        if handoff is not None and not tf.executing_eagerly():
-            for i, y in enumerate(inputs):
-                setattr(y, _ORIGIN, _Origin(handoff, i, self.fraction_bits))
+        if handoff is not None:
+            self.tell_origin(inputs, handoff)
         return inputs
 
-    def _received(self, inputs, pair_in):
+    def tell_origin(self, outputs: list[tf.Tensor], handoff: _coupling.Handoff) -> None:
+        """Connects a run to the layers that are called on its outputs."""
+        if not tf.executing_eagerly():
+            for i, y in enumerate(outputs):
+                setattr(y, _ORIGIN, _Origin(handoff, i, self.fraction_bits))
+
+    def received(
+        self, inputs: list[tf.Tensor], pair_in: Pair
+    ) -> _coupling.Handoff | None:
         """Returns the handoff of the run that returned `inputs`, or `None`."""
         if isinstance(pair_in, Pairs):
             parts = [
-                self._received([x], pair)
+                self.received([x], pair)
                 for x, pair in zip(inputs, pair_in.pairs, strict=True)
             ]
             return None if None in parts else _coupling.Handoffs(parts)
@@ -201,7 +207,15 @@ class RunLayer(keras.layers.Layer):
             return None
         return handoff
 
-    def _run(self, layers, inputs, arguments, ends, received):
+    def run(
+        self,
+        layers: list["RunLayer"],
+        inputs: list[tf.Tensor],
+        arguments: CallArguments,
+        ends: tuple[Pair, Pair],
+        received: _coupling.Handoff | None = None,
+    ) -> tuple[list[tf.Tensor], _coupling.Handoff]:
+        """Applies blocks that recompute. Returns the outputs, and the handoff."""
         observe = getattr(_observer.get(), "reconstructed", None)
         blocks = []
         for layer, traces in zip(layers, _shared_traces(layers), strict=True):
@@ -212,8 +226,11 @@ class RunLayer(keras.layers.Layer):
             )
         steps, weights, state = _functional.steps(blocks)
         values, old_state = _functional.values(weights), _functional.values(state)
+        earlier = [] if received else _handoffs(inputs)
         with _functional.repeatable_operations():
-            result = _coupling.run(steps, inputs, *ends, values, old_state, received)
+            result = _coupling.run(
+                steps, inputs, *ends, values, old_state, received, earlier
+            )
         self._trace_once(layers, steps, inputs, ends[0], values, old_state)
         for variable, old, new in zip(state, old_state, result.state, strict=True):
             if new is not old:
@@ -253,7 +270,7 @@ class RunLayer(keras.layers.Layer):
                     f"Expected an argument that a branch of {self.name} names in its "
                     f"`call`; got {name!r}. Remove it, or add it to a branch."
                 )
-        return CallArguments(_static_bool(training), masks, extra, self.fraction_bits)
+        return CallArguments(static_bool(training), masks, extra, self.fraction_bits)
 
     def cast(self, inputs: Tensors) -> Tensors:
         """Returns nested tensors in the dtype of the layer."""
@@ -288,7 +305,19 @@ class RunLayer(keras.layers.Layer):
         )
 
 
-class PairLayer(RunLayer):
+class StreamLayer(RunLayer):
+    """A layer that maps streams to streams.
+
+    The streams have the variable dtype of the policy, also under a mixed policy. Only
+    the branches compute in the lower precision.
+    """
+
+    def __init__(self, *, dtype: str | keras.DTypePolicy | None = None, **kwargs):
+        policy = keras.dtype_policies.get(dtype)
+        super().__init__(dtype=policy.variable_dtype, **kwargs)
+
+
+class PairLayer(StreamLayer):
     """A layer that maps two streams to two streams.
 
     The input is a pair of tensors, or one tensor that the layer splits. The output has
@@ -418,7 +447,24 @@ def _num_replicas():
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def _specs(arguments):
+def _handoffs(tensors):
+    """Returns the handoffs of the runs that returned some of the tensors."""
+    if tf.executing_eagerly():
+        return []
+    origins = [getattr(x, _ORIGIN, None) for x in tensors]
+    return list({id(o.handoff): o.handoff for o in origins if o}.values())
+
+
+def pair_of_origin(tensors: list[tf.Tensor]) -> Pair:
+    """Returns the `Pair` of the run that returned one tensor, or an empty one."""
+    if len(tensors) == 1 and (handoffs := _handoffs(tensors)):
+        (handoff,) = handoffs
+        if handoff.num_outputs == 1:
+            return handoff.pair
+    return Pair()
+
+
+def symbolic(arguments: dict, leave_out: tuple[str, ...] = ()) -> dict:
     """Returns the tensors among nested arguments as symbolic tensors."""
 
     def spec(value):
@@ -434,7 +480,7 @@ def _specs(arguments):
     return {
         name: tf.nest.map_structure(spec, value)
         for name, value in arguments.items()
-        if name not in ("inputs", "training", "mask")
+        if name not in leave_out
         # Keras refuses a nested argument that mixes tensors and other values.
         and all(
             hasattr(x, "shape") and hasattr(x, "dtype") for x in tf.nest.flatten(value)
@@ -451,7 +497,7 @@ def _restored_specs(config):
     return [_restored_specs(value) for value in config]
 
 
-def _static_bool(training):
+def static_bool(training):
     """Returns `training` as a bool. `None` is inference, as in all layers of Keras."""
     if training is None:
         return False

@@ -8,7 +8,7 @@ from revnet_tf import _xla
 
 
 def wait(done, tensors):
-    """Returns `tensors`, available only after all of `done` (one or more).
+    """Returns `tensors`, available only after all of `done`.
 
     The executor of a graph follows control dependencies. XLA drops these and follows
     data only. There the tensors pass through a while loop with zero iterations, whose
@@ -16,7 +16,7 @@ def wait(done, tensors):
     `optimization_barrier`.) XLA neither copies them nor fuses the loop with their
     consumers, as long as all later code uses the tensors that this function returns.
     """
-    if tf.executing_eagerly():
+    if tf.executing_eagerly() or not done:
         return list(tensors)
     if not _xla.is_traced():
         # Identities: TensorFlow drops a control dependency on an argument of a function

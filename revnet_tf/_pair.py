@@ -53,6 +53,7 @@ class Pairs(NamedTuple):
     """Splits several tensors into streams. Each `Pair` splits one tensor."""
 
     pairs: tuple
+    leading = ()
 
     def split(self, tensors):
         split = zip(self.pairs, tensors, strict=True)

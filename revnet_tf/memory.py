@@ -5,6 +5,7 @@
 - `measure` makes training steps and reads the statistics of the device's allocator.
 - `plan` chooses the blocks that store their activations, so that a step is as fast as a
   budget allows.
+- `max_batch_size` returns the largest batch within a budget.
 
 The step is that of `model.fit`: the forward pass, the gradient and, for a compiled
 model, the update by its optimizer. It is a graph, or with `model.jit_compile` a program
@@ -15,9 +16,12 @@ pipeline.
 """
 
 import bisect
+import collections
 import dataclasses
 import functools
+import itertools
 import math
+import numbers
 import os
 from typing import NamedTuple
 
@@ -27,13 +31,15 @@ import tensorflow as tf
 # XLA's compilation has no public reader. A test fails if TensorFlow removes this one.
 from tensorflow.compiler.xla.service import hlo_pb2
 
-from revnet_tf._executor import num_bytes, simulate, size_of
+from revnet_tf._executor import num_bytes, simulate, size_of, work
 from revnet_tf._layer import Observer, RunLayer
+from revnet_tf.segments import SegmentedModel, recompute
 
 __all__ = [
     "Memory",
     "Stage",
     "estimate",
+    "max_batch_size",
     "measure",
     "plan",
     "recomputing_layers",
@@ -50,8 +56,8 @@ class Stage(NamedTuple):
     """The memory that a part of the model stores for the backward pass.
 
     Attributes:
-        name: str, the name of the reversible layer. `"other layers"` stands for all
-            others.
+        name: str, the name of the layer or segment that can recompute. `"other
+            layers"` stands for all others.
         kept_bytes: int, the size of its tensors that are alive after the loss is
             computed.
     """
@@ -73,8 +79,9 @@ class Memory:
         optimizer_bytes: int, the variables of the optimizer. 0 for a model without one.
         peak_bytes: int, the sum of `activation_bytes`, `weight_bytes`,
             `gradient_bytes` and `optimizer_bytes`.
-        stages: tuple of a `Stage` for each reversible layer, in forward order, and one
-            for all other layers. Empty for a measurement, and with XLA.
+        stages: tuple of a `Stage` for each layer or segment that can recompute, in
+            forward order, and one for all other layers. Empty for a measurement, and
+            with XLA.
     """
 
     activation_bytes: int
@@ -136,8 +143,8 @@ def estimate(model: keras.Model, batch_size: int) -> Memory:
     names = [layer.name for layer in calls.values()]
     stages = dict.fromkeys([*names, "other layers"], 0)
     for name, size in kept:
-        owners = [layer for scope, layer in calls.items() if name.startswith(scope)]
-        stages[owners[0].name if owners else "other layers"] += size
+        owner = _owner(calls, name)
+        stages[owner.name if owner else "other layers"] += size
     return step.memory(peak, sum(stages.values()), stages)
 
 
@@ -169,57 +176,63 @@ def measure(model: keras.Model, batch_size: int) -> Memory:
 def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
     """Sets `recompute` on each block, so that a step is as fast as a budget allows.
 
-    The last blocks store their activations, as many as fit into the budget by
-    `estimate` and a margin. The other blocks recompute them. The backward pass frees
-    the activations of the last blocks before it reaches the others. Stored activations
-    of other blocks would add to the peak for longer.
+    Blocks are those of the reversible layers, `Recompute` layers, and the segments of
+    `revnet_tf.recompute`. A model without blocks goes through `recompute` first.
+
+    The function orders the blocks by the time that the recomputation takes for each
+    stored byte, both by estimate. The first blocks in this order store their
+    activations, as many as fit into the budget by `estimate` and a margin. The other
+    blocks recompute them. Of equal blocks the last ones store. The backward pass frees
+    their activations before it reaches the others.
 
     Args:
-        model: model as for `estimate`. The plan sets `recompute` on all its reversible
-            layers and ignores their earlier values.
+        model: model as for `estimate`. The plan sets `recompute` on all its blocks and
+            ignores their earlier values.
         batch_size: int, the number of samples of a step, on one device.
         budget_bytes: int, the budget for activations, weights, gradients and optimizer.
 
     Returns:
-        `model`, with the same weights.
+        `model`, with the same weights, or `recompute(model)`.
 
     Raises:
+        TypeError: the budget is no number.
         ValueError: the budget is below the need of a step that recomputes all blocks,
-            or the model has no reversible layer. The message names the largest batch
-            that fits, or the largest patch in a batch of 1.
+            or the model has no blocks and `recompute` refuses it. The message names the
+            largest batch that fits, or the largest patch in a batch of 1.
     """
-    _, _, calls = _traced(model, batch_size)
-    layers = list(dict.fromkeys(calls.values()))
-    blocks = [block for layer in layers for block, _ in layer.blocks_in_order()]
-    if not blocks:
-        raise ValueError(
-            f"Expected a model with reversible layers; {model.name} has no reversible "
-            "layer. Use `RevBlock` or `RevSequence` in it."
-        )
+    _check_budget(budget_bytes)
+    if not recomputing_layers(model):
+        model = recompute(model)
     before = {layer: layer.recompute for layer in recomputing_layers(model)}
 
     def store(num_blocks):
         for layer in before:
             layer.recompute = True
         for i, block in enumerate(blocks):
-            block.recompute = i < len(blocks) - num_blocks
+            block.recompute = i >= num_blocks
 
+    @functools.cache
     def peak(num_blocks, batch_size=batch_size):
         store(num_blocks)
-        return math.ceil(PLAN_MARGIN * estimate(model, batch_size).peak_bytes)
+        return _peak_with_margin(model, batch_size)
 
     try:
-        minimum = peak(0)
-        if minimum > budget_bytes:
-            batch = _largest_batch(
-                functools.cache(lambda size: peak(0, size)), batch_size, budget_bytes
-            )
-            batch = batch or _largest_patch(model, budget_bytes)
+        for layer in before:
+            layer.recompute = False
+        blocks = _by_worth(model, batch_size)
+        fits, too_many = 0, len(blocks) + 1
+        if peak(len(blocks)) <= budget_bytes:
+            fits = len(blocks)
+        elif peak(0) > budget_bytes:
+            if batch_size > 1 and peak(0, 1) <= budget_bytes:
+                largest = _largest_batch(functools.partial(peak, 0), budget_bytes)
+                batch = f"a batch of {largest} fits."
+            else:
+                batch = _largest_patch(model, budget_bytes)
             raise ValueError(
-                f"budget_bytes={budget_bytes:,} is below the minimum of {minimum:,} "
+                f"budget_bytes={budget_bytes:,} is below the minimum of {peak(0):,} "
                 f"for batch_size={batch_size}; {batch}"
             )
-        fits, too_many = 0, len(blocks) + 1
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
             if peak(middle) <= budget_bytes:
@@ -227,8 +240,8 @@ def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
             else:
                 too_many = middle
     except BaseException:
-        for layer, recompute in before.items():
-            layer.recompute = recompute
+        for layer, value in before.items():
+            layer.recompute = value
         raise
     store(fits)
     if getattr(model, "train_function", None):
@@ -236,10 +249,48 @@ def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
     return model
 
 
+def max_batch_size(model: keras.Model, budget_bytes: int) -> int:
+    """Returns the largest batch whose training step is within a budget of memory.
+
+    The peak of the step is that of `estimate`, with the margin that `plan` uses. The
+    function does not change the blocks that recompute.
+
+    Args:
+        model: model as for `estimate`.
+        budget_bytes: int, the budget for activations, weights, gradients and optimizer.
+
+    Returns:
+        An int, the number of samples of a step, on one device.
+
+    Raises:
+        TypeError: the budget is no number.
+        ValueError: a step with one sample exceeds the budget, or the shapes of the
+            model's inputs are not known.
+    """
+    _check_budget(budget_bytes)
+    peak = functools.cache(functools.partial(_peak_with_margin, model))
+    if peak(1) > budget_bytes:
+        raise ValueError(
+            f"Expected a budget of at least {peak(1):,} bytes, which a step of "
+            f"{model.name} with one sample takes; got budget_bytes={budget_bytes:,}. "
+            "Raise the budget, or let more of the model recompute its activations."
+        )
+    return _largest_batch(peak, budget_bytes)
+
+
 def recomputing_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the layers of a model, and nested ones, with an attribute `recompute`."""
+    """Returns the layers and segments of a model, and nested ones, that can recompute.
+
+    Each has an attribute `recompute`.
+    """
     # `_flatten_layers` finds layers in all attributes; no public method does.
-    return [layer for layer in model._flatten_layers() if isinstance(layer, RunLayer)]
+    found = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, RunLayer):
+            found.append(layer)
+        elif isinstance(layer, SegmentedModel):
+            found += layer.segments
+    return found
 
 
 def split_large_region() -> None:
@@ -254,16 +305,65 @@ def split_large_region() -> None:
         tf.raw_ops.Empty(shape=[pages // 2, page_bytes], dtype=tf.uint8)
 
 
-def _largest_batch(peak, batch_size, budget_bytes):
-    """Returns a text that names the largest batch within a budget, or `None`."""
-    if batch_size == 1 or peak(1) > budget_bytes:
-        return None
-    # The peak is nearly linear in the batch size.
-    a_sample = (peak(batch_size) - peak(1)) / (batch_size - 1)
-    fits = int(1 + (budget_bytes - peak(1)) / a_sample)
-    while peak(fits) > budget_bytes:
-        fits -= max(1, fits // 50)
-    return f"a batch of {fits} fits."
+def _check_budget(budget_bytes):
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, numbers.Real):
+        raise TypeError(
+            f"budget_bytes must be a number of bytes; got {budget_bytes!r}. Write "
+            "20 MB as 20_000_000."
+        )
+    if not budget_bytes > 0:
+        raise ValueError(
+            f"budget_bytes must be positive; got {budget_bytes}. Give the bytes of "
+            "activations, weights, gradients and optimizer together."
+        )
+
+
+def _peak_with_margin(model, batch_size):
+    return math.ceil(PLAN_MARGIN * estimate(model, batch_size).peak_bytes)
+
+
+def _largest_batch(peak, budget_bytes):
+    """Returns the largest batch within a budget. A batch of 1 is within it."""
+    fits, too_large, other, guess = 1, math.inf, 1, 16
+    for turn in itertools.count():
+        if too_large - fits <= 1:
+            return fits
+        if peak(guess) <= budget_bytes:
+            other, fits = fits, guess
+        else:
+            other = too_large = guess
+        # The peak is nearly linear in the batch size.
+        a_sample = (peak(other) - peak(fits)) / (other - fits)
+        more = (budget_bytes - peak(fits)) / a_sample if a_sample > 0 else fits
+        if turn % 4 == 3 and too_large < math.inf:
+            more = (too_large - fits) // 2
+        guess = int(min(max(fits + more, fits + 1), too_large - 1))
+
+
+def _by_worth(model, batch_size):
+    """Returns the blocks of a model that stores all activations.
+
+    The first block saves most time of recomputation for each byte that it stores.
+    """
+    step, graph, calls = _traced(model, batch_size)
+    stored, seconds = collections.Counter(), collections.Counter()
+    for name, size in simulate(graph, step.boundary)[1]:
+        stored[_owner(calls, name)] += size
+    for op in graph.get_operations():
+        seconds[_owner(calls, op.name)] += work(op)
+    found = []
+    for layer in dict.fromkeys(calls.values()):
+        # Blocks of one layer are alike. Rounding makes alike layers equal, too.
+        worth = round(10 * math.log((seconds[layer] + 1) / (stored[layer] + 1)))
+        found += [(worth, block) for block, _ in layer.blocks_in_order()]
+    last_first = reversed(found)
+    return [block for _, block in sorted(last_first, key=lambda x: x[0], reverse=True)]
+
+
+def _owner(calls, name):
+    """Returns the layer in whose call an operation was made, or `None`."""
+    owners = (layer for scope, layer in calls.items() if name.startswith(scope))
+    return next(owners, None)
 
 
 def _largest_patch(model, budget_bytes):
@@ -291,7 +391,7 @@ def _largest_patch(model, budget_bytes):
         if getattr(model, "compiled", False):
             optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
             smaller.compile(optimizer, jit_compile=model.jit_compile)
-        return math.ceil(PLAN_MARGIN * estimate(smaller, 1).peak_bytes)
+        return _peak_with_margin(smaller, 1)
 
     try:
         num_fitting = bisect.bisect_right(patches, budget_bytes, key=peak)

@@ -99,7 +99,7 @@ def plan_memory(network, recipe, images, strategy, budget_bytes=None):
     """Estimates the memory of a training step on each replica.
 
     With a budget, the function also chooses the blocks of `network` that recompute
-    their activations.
+    their activations, and finds the largest batch for this choice.
 
     Args:
         network: `keras.Model`, made in the scope of `strategy`.
@@ -107,18 +107,21 @@ def plan_memory(network, recipe, images, strategy, budget_bytes=None):
         budget_bytes: int, the memory that a step may need, or `None`.
 
     Returns:
-        A `revnet_tf.memory.Memory`.
+        A `revnet_tf.memory.Memory`, and an int, the largest batch on a replica that
+        the budget allows, `None` without a budget.
 
     Raises:
         ValueError: the budget is too small, or the network is not reversible.
     """
     twin, batch_size = _on_one_replica(recipe, images, strategy)
+    largest = None
     if budget_bytes is not None:
         memory.plan(twin, batch_size, budget_bytes)
         pair = map(memory.recomputing_layers, (network, twin))
         for layer, planned in zip(*pair, strict=True):
             layer.recompute = planned.recompute
-    return memory.estimate(twin, batch_size)
+        largest = memory.max_batch_size(twin, budget_bytes)
+    return memory.estimate(twin, batch_size), largest
 
 
 def activation_bytes(recipe, images, strategy):

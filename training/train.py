@@ -77,9 +77,9 @@ def train(parser, name, recipe, args, stack):
         images.steps_per_epoch(recipe.global_batch_size)
         with strategy.scope():
             network = fit.build(recipe, images)
-        memory = None
+        memory = largest = None
         if args.memory_report or args.memory_budget:
-            memory = fit.plan_memory(
+            memory, largest = fit.plan_memory(
                 network, recipe, images, strategy, args.memory_budget
             )
         chief = cluster.is_chief
@@ -109,6 +109,8 @@ def train(parser, name, recipe, args, stack):
             )
         if memory:
             print(f"On each replica, by estimate:\n{memory}", flush=True)
+        if largest:
+            print(f"Largest batch within the budget: {largest:,}", flush=True)
     callbacks = []
     if chief and args.tensorboard:
         folder = run_dir / "tensorboard"

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from revnet_tf import _coupling, _xla
 from revnet_tf._functional import CallArguments, Variables
-from revnet_tf._layer import PairLayer, RunLayer
+from revnet_tf._layer import PairLayer, StreamLayer
 from revnet_tf._pair import Pair, Pairs, Shape, stream_shapes
 
 _JOINED = Pair(-1)
@@ -59,7 +59,7 @@ class Readout(PairLayer):
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
-class SkipConnection(RunLayer):
+class SkipConnection(StreamLayer):
     """Adds a layer's outputs to both streams of a tensor: `y = x + layer(z)`.
 
     In training the layer stores `z`. The backward pass reconstructs `x` from `y`.
