@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from revnet_tf import memory, numerics
+from revnet_tf import RevBlock, memory, numerics
 from training import outputs, runs
 from training.checkpoints import Checkpoints
 from training.cluster import watched
@@ -122,6 +122,15 @@ def plan_memory(network, recipe, images, strategy, budget_bytes=None):
             layer.recompute = planned.recompute
         largest = memory.max_batch_size(twin, budget_bytes)
     return memory.estimate(twin, batch_size), largest
+
+
+def reconstructs(network):
+    """Returns whether a block of `network` reconstructs its activations."""
+    return any(
+        isinstance(block, RevBlock) and recompute
+        for layer in memory.recomputing_layers(network)
+        for block, recompute in layer.blocks_in_order()
+    )
 
 
 def activation_bytes(recipe, images, strategy):

@@ -82,6 +82,12 @@ def train(parser, name, recipe, args, stack):
             memory, largest = fit.plan_memory(
                 network, recipe, images, strategy, args.memory_budget
             )
+            if args.monitor and not fit.reconstructs(network):
+                raise ValueError(
+                    f"--monitor={args.monitor} needs blocks that reconstruct their "
+                    "activations, and with this --memory-budget all blocks store "
+                    "them; lower the budget, or leave --monitor out."
+                )
         chief = cluster.is_chief
         if chief and is_new:
             run_dir.mkdir(parents=True, exist_ok=True)

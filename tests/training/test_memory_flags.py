@@ -51,6 +51,16 @@ def test_budget_that_is_too_small_is_refused_before_a_run_begins(tmp_path, capsy
     assert not (tmp_path / "small").exists()
 
 
+def test_monitor_is_refused_if_the_budget_stores_every_block(tmp_path, capsys):
+    flags = ["--memory-budget", "10GB", "--monitor", "5"]
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(tmp_path / "all_stored", *flags))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "all blocks store" in error and error.count("\n") == 1
+    assert not (tmp_path / "all_stored").exists()
+
+
 def minimum(run_dir, **environment):
     """Returns the smallest budget of a small network whose step XLA compiles."""
     flags = command(run_dir, "--jit", "--memory-budget", "10kB")
