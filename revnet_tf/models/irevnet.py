@@ -17,14 +17,8 @@ import keras
 import tensorflow as tf
 
 from revnet_tf._layer import promise_alike
-from revnet_tf._space_to_depth import depth_to_space
-from revnet_tf.layers import (
-    ChannelPadding,
-    RevBlock,
-    RevSequence,
-    SpaceToDepth,
-    Split,
-)
+from revnet_tf._rearrangements import Split, depth_to_space
+from revnet_tf.layers import ChannelPadding, RevBlock, RevSequence, SpaceToDepth
 from revnet_tf.models._ends import check_arguments, finished, head, model_input
 from revnet_tf.normalization import BatchNormalization
 

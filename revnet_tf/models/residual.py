@@ -19,13 +19,8 @@ from typing import NamedTuple
 import keras
 
 from revnet_tf._layer import promise_alike
-from revnet_tf.layers import (
-    DownsamplingBlock,
-    PoolingShortcut,
-    RevBlock,
-    RevSequence,
-    Stem,
-)
+from revnet_tf._recompute import Stem
+from revnet_tf.layers import DownsamplingBlock, PoolingShortcut, RevBlock, RevSequence
 from revnet_tf.models._ends import check_arguments, finished, head, model_input
 from revnet_tf.normalization import BatchNormalization
 
