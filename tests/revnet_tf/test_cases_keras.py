@@ -287,6 +287,7 @@ def test_e07_frozen_parts_stay_frozen_in_a_file(tmp_path):
 # E08 and E09
 
 
+@pytest.mark.thorough
 def test_e08_keras_export_of_any_branch_needs_neither_library_nor_keras(tmp_path):
     def branch():
         parts = [Affine(), layers.BatchNormalization(), layers.Dropout(0.3), Affine()]
@@ -501,6 +502,7 @@ def kept_elements(model):
     return sum(kept.values())
 
 
+@pytest.mark.thorough
 def test_e15_features_as_outputs_store_no_more_than_themselves():
     (features, net), _ = feature_networks()
     extra = kept_elements(features) - kept_elements(net)

@@ -154,6 +154,7 @@ def test_d03_networks_are_channels_last_whatever_the_keras_default(
 # D05
 
 
+@pytest.mark.thorough
 def test_d05_batches_of_different_sizes_train_under_two_replicas(two_replicas):
     sizes = [(32, 32), (48, 40), (33, 35)]
 

@@ -170,6 +170,7 @@ def test_c06_every_argument_of_a_block_survives_the_config(argument):
     assert clone.g.activation is block.g.activation
 
 
+@pytest.mark.thorough
 def test_c07_c08_synchronized_norms_on_two_replicas_train_like_one_device(two_replicas):
     # The two sums round in different ways, and 50 steps amplify the difference.
     def make():
@@ -191,6 +192,7 @@ def test_c08_one_step_of_synchronized_norms_is_that_of_the_global_batch(two_repl
     assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_c09_convolutions_with_synchronized_norms_train_in_mixed_precision(
     two_replicas,
 ):

@@ -91,6 +91,7 @@ def finishes(function, seconds=120):
     return value
 
 
+@pytest.mark.thorough
 def test_accumulated_gradients_equal_those_of_the_large_batch(strategy):
     # In float64, because float32 rounding would hide a difference.
     keras.config.set_dtype_policy("float64")
@@ -198,6 +199,7 @@ def test_averages_are_swapped_in_for_evaluation_and_out_again():
     assert_close(look.trained, record.weights[4], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_several_steps_in_one_call_end_in_the_same_weights(strategy, tmp_path):
     results = []
     for steps in (1, 4):
@@ -251,6 +253,7 @@ class ExplicitTape(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.thorough
 def test_train_step_with_its_own_tape_equals_the_stock_one(strategy):
     results = [
         weights_after(strategy, 24, 8, norm="group", cls=cls)

@@ -31,7 +31,18 @@ TOLERANCE = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "run_in_every_mode, dtype",
+    [
+        ("eager", "float64"),
+        ("graph", "float64"),
+        ("xla", "float32"),
+        pytest.param("eager", "float32", marks=pytest.mark.thorough),
+        pytest.param("graph", "float32", marks=pytest.mark.thorough),
+        pytest.param("xla", "float64", marks=pytest.mark.thorough),
+    ],
+    indirect=["run_in_every_mode"],
+)
 def test_gradients_equal_autodiff_and_state_advances_once(run_in_every_mode, dtype):
     recomputed, stored = twins(lambda: conv_sequence(dtype=dtype), (None, 6, 6, 8))
     x = images(5, 6, 6, 8, dtype=dtype)

@@ -107,6 +107,7 @@ def test_branch_with_a_custom_gradient_of_its_own_leaves_it_behind(tmp_path):
     assert not library.gradient and not library.registered_gradients
 
 
+@pytest.mark.thorough
 def test_graph_with_an_operation_of_a_gradient_is_not_written(tmp_path):
     @keras.saving.register_keras_serializable("test")
     class Slope(keras.layers.Layer):
@@ -275,6 +276,7 @@ def test_model_of_a_mirrored_strategy_is_exported_within_its_scope(
     np.testing.assert_allclose(served(inputs=x)["predictions"], model(x), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_users_own_model_of_blocks_is_exported(tmp_path):
     x = keras.Input((6, 6, 8))
     model = keras.Model(x, conv_sequence()(x))

@@ -52,6 +52,7 @@ def test_file_answers_as_a_model_with_streams_of_floats_and_its_own_constants(
     np.testing.assert_allclose(ask(tmp_path / name, x), live, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_fixed_point_streams_are_served_and_never_leave_their_range_in_silence(
     tmp_path,
 ):

@@ -156,12 +156,14 @@ def requests_of(folder):
         yield tf.make_ndarray(log.predict_log.request.inputs["inputs"])
 
 
+@pytest.mark.thorough
 def test_text_model_is_checked_and_warmed_up_with_words_that_it_knows(tmp_path):
     export_saved_model(text(), tmp_path / "1")
     (request,) = requests_of(tmp_path / "1")
     assert set(request[0].split()) <= {b"one", b"two", b"three"}
 
 
+@pytest.mark.thorough
 def test_subclassed_model_of_any_input_is_exported_with_examples(tmp_path):
     model = subclassed()
     examples = np.arange(12).reshape(3, 4)
@@ -173,6 +175,7 @@ def test_subclassed_model_of_any_input_is_exported_with_examples(tmp_path):
     np.testing.assert_array_equal(request, examples[:1])
 
 
+@pytest.mark.thorough
 def test_model_without_finite_answers_is_written_with_a_warning(tmp_path):
     # The logarithm of negative values is NaN in both models.
     model = logarithm(1e6)

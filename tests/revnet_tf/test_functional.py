@@ -558,6 +558,7 @@ def store_a_block(blocks):
     blocks[1].recompute = False
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "change", [freeze_the_statistics, freeze_a_block, set_an_anchor, store_a_block]
 )

@@ -77,6 +77,7 @@ print(json.dumps([f(model, 32).peak_bytes for f in (memory.estimate, memory.meas
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "network", ["functional", pytest.param("ordinary", marks=pytest.mark.slow)]
 )
@@ -154,6 +155,7 @@ print(json.dumps([len(variables), changed]))
 """
 
 
+@pytest.mark.thorough
 def test_measuring_leaves_the_variables_as_they_were():
     count, changed = processes.python("-c", VALUES_AROUND_A_MEASUREMENT)
     assert count > 6

@@ -325,6 +325,7 @@ def conv_model(**compile_options):
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mode, policy",
     [

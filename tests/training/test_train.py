@@ -140,9 +140,15 @@ def test_recipe_file_holds_every_field_as_it_was_resolved_and_versions(finished_
             "pad": 1,
             "flip": True,
             "test_in_mean": False,
+            "standardize": False,
         },
         "optimizer": {"kind": "SGD", "weight_decay": 0.01, "momentum": 0.9},
-        "schedule": {"kind": "Piecewise", "learning_rate": 0.1, "decay_steps": [8]},
+        "schedule": {
+            "kind": "Piecewise",
+            "learning_rate": 0.1,
+            "decay_steps": [8],
+            "decay_factor": 0.1,
+        },
         "global_batch_size": 200,
         "train_steps": 17,
         "seed": 0,
@@ -162,6 +168,7 @@ def test_steps_are_exact_where_the_last_epoch_is_not_whole(finished_run):
     assert json.loads((finished_run / "result.json").read_text())["steps"] == 17
 
 
+@pytest.mark.thorough
 def test_fewer_steps_than_an_epoch_are_exact_and_progress(
     tmp_path, unexported, monkeypatch
 ):
