@@ -78,7 +78,7 @@ class Coupling(NamedTuple):
         (y1,), (gy,), pull = again(self.g, [y1], after=[d1, d2])
         if not stored:
             x2 = subtract(y2, gy, self.fraction_bits)
-            x2 = self._restored(x2)
+            x2 = self.restore(x2) if self.restore else x2
             (d2,) = wait([x2], [d2])  # y2 and gy are free before `pull` needs memory
         d1 += pull([d2])[0]  # dz1 = dy1 + (dG/dz1)^T dy2, and dwG
         (x2,), (fx,), pull = again(self.f, [x2], after=[d1, d2])
@@ -90,12 +90,9 @@ class Coupling(NamedTuple):
 
     def inverse(self, call, y1, y2):
         x2 = subtract(y2, *call(self.g, [y1]), self.fraction_bits)
-        x2 = self._restored(x2)
+        x2 = self.restore(x2) if self.restore else x2
         x1 = subtract(y1, *call(self.f, [x2]), self.fraction_bits)
         return [x1, x2]
-
-    def _restored(self, x2):
-        return x2 if self.restore is None else self.restore(x2)
 
 
 class Rearrangement(NamedTuple):
@@ -485,8 +482,13 @@ def run(
             lack the part that comes through the reconstruction.
     """
     result = tie = None
-    before = received.trailing if received else [_as_rearrangement(pair_in)]
-    steps, trailing = _with_exact_zeros(steps, before)
+    if received:
+        trailing = received.trailing
+    else:
+        trailing = [_as_rearrangement(pair_in)] if pair_in.leading else []
+    rearranges = trailing or any(isinstance(s.block, Rearrangement) for s in steps)
+    if rearranges:
+        steps, trailing = _with_exact_zeros(steps, trailing)
 
     def forward(*arguments):
         nonlocal result
@@ -512,10 +514,11 @@ def run(
             d_losses = tf.nest.pack_sequence_as(losses, d_losses)
             streams, d_streams, last = handoff.take(d_outputs)
             needed = bool(received and received.needed)
-            padded = steps
-            if not received:
+            padded, found = steps, stored
+            if received:
+                found = _with_current_inputs(stored, first, received)
+            elif rearranges:
                 padded = _with_true_inputs(steps, pair_in, inputs_)
-            found = _with_current_inputs(stored, first, received)
             streams, d_streams, d_weights, last = _backward(
                 padded, found, weights, d_losses, streams, d_streams, last, needed
             )
@@ -572,7 +575,7 @@ def _with_current_inputs(stored, inputs, received):
     then need not hold them.
     """
     ((first, states), observed), *others = stored
-    if received and list(map(id, first)) == list(map(id, inputs)):
+    if list(map(id, first)) == list(map(id, inputs)):
         first = received.current()
     return [((first, states), observed), *others]
 

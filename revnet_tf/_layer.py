@@ -18,7 +18,6 @@ from revnet_tf._pair import (
     Shapes,
     Tensors,
     joined_shape,
-    pair_of,
     stream_shapes,
 )
 
@@ -149,7 +148,7 @@ class RunLayer(keras.layers.Layer):
     ) -> list[tf.Tensor]:
         """Applies the blocks to a list of tensors, and returns a list of tensors."""
         store = self.stores(arguments.training)
-        received = None if store else self.received(inputs, pair_in)
+        received, others = (None, []) if store else self.received(inputs, pair_in)
         if self.fraction_bits is not None and received is None:
             inputs = [
                 _fixed_point.convert(x, self.fraction_bits, not arguments.training)
@@ -163,49 +162,47 @@ class RunLayer(keras.layers.Layer):
                 key=lambda found: found[1],
             )
         ]
-        handoff = None
         for i, (recompute, layers) in enumerate(runs):
             first, last = i == 0, i == len(runs) - 1
             ends = pair_in if first else Pair(), pair_out if last else Pair()
             if recompute:
-                inputs, handoff = self.run(layers, inputs, arguments, ends, received)
+                inputs = self.run(layers, inputs, arguments, ends, received, others)
             else:
-                streams, handoff = ends[0].split(inputs), None
+                streams = ends[0].split(inputs)
                 for layer in layers:
                     streams, _ = layer.block(arguments).forward(_ordinary, *streams)
                 inputs = ends[1].join(streams)
-            received = None
-        if handoff is not None:
-            self.tell_origin(inputs, handoff)
+            received, others = None, []
         return inputs
-
-    def tell_origin(self, outputs: list[tf.Tensor], handoff: _coupling.Handoff) -> None:
-        """Connects a run to the layers that are called on its outputs."""
-        if not tf.executing_eagerly():
-            for i, y in enumerate(outputs):
-                setattr(y, _ORIGIN, _Origin(handoff, i, self.fraction_bits))
 
     def received(
         self, inputs: list[tf.Tensor], pair_in: Pair
-    ) -> _coupling.Handoff | None:
-        """Returns the handoff of the run that returned `inputs`, or `None`."""
+    ) -> tuple[_coupling.Handoff | None, list[_coupling.Handoff]]:
+        """Returns the handoff of the run that returned `inputs`.
+
+        If there is none, the first value is `None`. The second is a list of the
+        handoffs of other runs that returned some of the inputs.
+        """
+        if tf.executing_eagerly():
+            return None, []
+        origins = [getattr(x, _ORIGIN, None) for x in inputs]
+        others = list({id(o.handoff): o.handoff for o in origins if o}.values())
         if isinstance(pair_in, Pairs):
             parts = [
-                self.received([x], pair)
+                self.received([x], pair)[0]
                 for x, pair in zip(inputs, pair_in.pairs, strict=True)
             ]
-            return None if None in parts else _coupling.Handoffs(parts)
-        origins = [getattr(x, _ORIGIN, None) for x in inputs]
-        if origins[0] is None or tf.executing_eagerly():
-            return None
+            return (None, others) if None in parts else (_coupling.Handoffs(parts), [])
+        if origins[0] is None:
+            return None, others
         handoff, _, fraction_bits = origins[0]
         same = [_Origin(handoff, i, fraction_bits) for i in range(handoff.num_outputs)]
         if origins != same or handoff.pair != pair_in:
-            return None
+            return None, others
         # A run with other fraction bits would give back other values.
         if fraction_bits != self.fraction_bits and not self.stores_inputs:
-            return None
-        return handoff
+            return None, others
+        return handoff, []
 
     def run(
         self,
@@ -213,9 +210,10 @@ class RunLayer(keras.layers.Layer):
         inputs: list[tf.Tensor],
         arguments: CallArguments,
         ends: tuple[Pair, Pair],
-        received: _coupling.Handoff | None = None,
-    ) -> tuple[list[tf.Tensor], _coupling.Handoff]:
-        """Applies blocks that recompute. Returns the outputs, and the handoff."""
+        received: _coupling.Handoff | None,
+        others: list[_coupling.Handoff],
+    ) -> list[tf.Tensor]:
+        """Applies blocks that recompute, and returns a list of tensors."""
         observe = getattr(_observer.get(), "reconstructed", None)
         blocks = []
         for layer, traces in zip(layers, _shared_traces(layers), strict=True):
@@ -226,10 +224,9 @@ class RunLayer(keras.layers.Layer):
             )
         steps, weights, state = _functional.steps(blocks)
         values, old_state = _functional.values(weights), _functional.values(state)
-        earlier = [] if received else _handoffs(inputs)
         with _functional.repeatable_operations():
             result = _coupling.run(
-                steps, inputs, *ends, values, old_state, received, earlier
+                steps, inputs, *ends, values, old_state, received, others
             )
         self._trace_once(layers, steps, inputs, ends[0], values, old_state)
         for variable, old, new in zip(state, old_state, result.state, strict=True):
@@ -237,11 +234,16 @@ class RunLayer(keras.layers.Layer):
                 variable.assign(new)
         for loss in result.losses:
             self.add_loss(loss)
-        return result.outputs, result.handoff
+        if not tf.executing_eagerly():
+            # They connect the run to the layers that are called on its outputs.
+            for i, y in enumerate(result.outputs):
+                setattr(y, _ORIGIN, _Origin(result.handoff, i, self.fraction_bits))
+        return result.outputs
 
     def _trace_once(self, layers, steps, inputs, pair_in, *tensors):
         # Eager mode does not show the operations of a branch; a graph does.
-        if not tf.executing_eagerly() or _num_replicas() > 1:
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if not tf.executing_eagerly() or replicas > 1:
             return
         if not self._traced >= {id(layer) for layer in layers}:
             _functional.trace(steps, pair_in.split(inputs), *tensors)
@@ -357,7 +359,8 @@ class PairLayer(StreamLayer):
         Args:
             tensors: the input or the output, which have the same structure.
         """
-        pair = pair_of(tensors, self.axis)
+        is_pair = isinstance(tensors, (list, tuple))
+        pair = Pair() if is_pair else Pair(self.axis % len(tensors.shape))
         return pair, pair
 
     def compute_output_shape(self, input_shape: Shapes) -> Shapes:
@@ -389,7 +392,8 @@ def _shared_traces(layers):
     """
     # A `tf.function` hides collectives from the replicas of a strategy. It also hides
     # tensors and name scopes from an observer.
-    if tf.executing_eagerly() or _num_replicas() > 1 or _observer.get():
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if tf.executing_eagerly() or replicas > 1 or _observer.get():
         return [None] * len(layers)
     kinds, traces, found = {}, {}, []
     for layer in layers:
@@ -443,24 +447,11 @@ def _ordinary(function, inputs):
     return function(inputs)
 
 
-def _num_replicas():
-    return tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def _handoffs(tensors):
-    """Returns the handoffs of the runs that returned some of the tensors."""
-    if tf.executing_eagerly():
-        return []
-    origins = [getattr(x, _ORIGIN, None) for x in tensors]
-    return list({id(o.handoff): o.handoff for o in origins if o}.values())
-
-
 def pair_of_origin(tensors: list[tf.Tensor]) -> Pair:
     """Returns the `Pair` of the run that returned one tensor, or an empty one."""
-    if len(tensors) == 1 and (handoffs := _handoffs(tensors)):
-        (handoff,) = handoffs
-        if handoff.num_outputs == 1:
-            return handoff.pair
+    origins = [getattr(x, _ORIGIN, None) for x in tensors]
+    if len(origins) == 1 and origins[0] and origins[0].handoff.num_outputs == 1:
+        return origins[0].handoff.pair
     return Pair()
 
 

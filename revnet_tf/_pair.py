@@ -67,13 +67,6 @@ class Pairs(NamedTuple):
         ]
 
 
-def pair_of(inputs, axis):
-    """Returns the `Pair` for one tensor, split on `axis`, or for a pair of tensors."""
-    if isinstance(inputs, (list, tuple)):
-        return Pair()
-    return Pair(axis % len(inputs.shape))
-
-
 def listed(name, shapes):
     """Returns a list of one shape, or of two.
 

@@ -8,10 +8,10 @@ import tensorflow as tf
 from revnet_tf import _coupling
 from revnet_tf._functional import CallArguments, Variables
 from revnet_tf._pair import Pair, Shape, Shapes, Tensors, listed
-from revnet_tf._reversible import ReversibleLayer
+from revnet_tf._reversible import RearrangingLayer
 
 
-class Rearrangement(ReversibleLayer):
+class Rearrangement(RearrangingLayer):
     """A reversible layer without weights, on the last axis.
 
     Subclasses define `shapes_after`, `there` and `back`: functions of one tensor or of

@@ -100,10 +100,8 @@ class Recompute(RunLayer):
             outputs, pack_outputs = _tensors((outputs, _masks(outputs)))
             return outputs
 
-        received = self.received(inputs, pair)
-        ends = pair, Pair()
-        outputs, handoff = self.run([self], inputs, evaluate, ends, received)
-        self.tell_origin(outputs, handoff)
+        handoffs = self.received(inputs, pair)
+        outputs = self.run([self], inputs, evaluate, (pair, Pair()), *handoffs)
         return _with_masks(pack_outputs(outputs))
 
     def block(

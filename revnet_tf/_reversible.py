@@ -46,25 +46,6 @@ class ReversibleLayer(PairLayer):
         """
         raise NotImplementedError
 
-    def call_arguments(
-        self, training: bool | None, masks: tuple, extra: dict
-    ) -> CallArguments:
-        self._refuse_mask(masks)
-        return super().call_arguments(training, masks, extra)
-
-    def compute_mask(self, inputs: Tensors, previous_mask: Tensors | None) -> Tensors:
-        self._refuse_mask(tf.nest.flatten(previous_mask))
-        return super().compute_mask(inputs, previous_mask)
-
-    def _refuse_mask(self, masks):
-        layers = [layer for layer, _ in self.blocks_in_order() if layer.moves_positions]
-        if layers and any(mask is not None for mask in masks):
-            raise ValueError(
-                f"Expected an input without a mask, because {layers[0].name} moves "
-                f"positions to channels; {self.name} got a mask. Remove the mask, or "
-                "apply it before."
-            )
-
     def inverse(
         self,
         outputs: Tensors,
@@ -136,3 +117,26 @@ class ReversibleLayer(PairLayer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "fraction_bits": self.fraction_bits}
+
+
+class RearrangingLayer(ReversibleLayer):
+    """A reversible layer that can move positions to channels. It then has no masks."""
+
+    def call_arguments(
+        self, training: bool | None, masks: tuple, extra: dict
+    ) -> CallArguments:
+        self._refuse_mask(masks)
+        return super().call_arguments(training, masks, extra)
+
+    def compute_mask(self, inputs: Tensors, previous_mask: Tensors | None) -> Tensors:
+        self._refuse_mask(tf.nest.flatten(previous_mask))
+        return super().compute_mask(inputs, previous_mask)
+
+    def _refuse_mask(self, masks):
+        layers = [layer for layer, _ in self.blocks_in_order() if layer.moves_positions]
+        if layers and any(mask is not None for mask in masks):
+            raise ValueError(
+                f"Expected an input without a mask, because {layers[0].name} moves "
+                f"positions to channels; {self.name} got a mask. Remove the mask, or "
+                "apply it before."
+            )

@@ -12,7 +12,7 @@ from revnet_tf._layer import PairLayer
 from revnet_tf._pair import Pair, Shape, Shapes, Tensors, listed
 from revnet_tf._rearrangements import ChannelPadding, SpaceToDepth
 from revnet_tf._recompute import Recompute
-from revnet_tf._reversible import ReversibleLayer
+from revnet_tf._reversible import RearrangingLayer, ReversibleLayer
 
 __all__ = [
     "ChannelPadding",
@@ -157,7 +157,7 @@ class RevBlock(ReversibleLayer):
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
-class RevSequence(ReversibleLayer):
+class RevSequence(RearrangingLayer):
     """Applies reversible blocks in order, and stores only the last outputs.
 
     Reversible means that the inputs can be computed from the outputs. The activation
