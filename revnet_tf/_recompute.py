@@ -116,7 +116,8 @@ class Recompute(RunLayer):
         return self.layer.compute_output_shape(input_shape)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
-        """Returns `None`: the call of the layer has given masks to the outputs."""
+        # The call of the layer has given masks to the outputs.
+        return None
 
 
 @keras.saving.register_keras_serializable("revnet_tf")
