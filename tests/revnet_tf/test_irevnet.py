@@ -218,7 +218,8 @@ def test_memory_is_flat_in_stages_and_blocks():
 
 @pytest.mark.thorough
 def test_xla_temporaries_are_flat_in_stages_and_blocks():
-    found = [bytes_per_image(*depth, xla=True) for depth in ((1, 2), (3, 2), (3, 6))]
+    # One stage of two blocks is one `RevBlock`, which has less to reconstruct.
+    found = [bytes_per_image(*depth, xla=True) for depth in ((1, 6), (3, 2))]
     assert max(found) < 1.03 * min(found)
 
 

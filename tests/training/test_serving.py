@@ -51,7 +51,7 @@ def digits():
 def run(tmp_path_factory):
     """The run folder of the default recipe, shorter."""
     run_dir = tmp_path_factory.mktemp("runs") / "digits"
-    flags = "--train-steps 196 --decay-steps 126 168".split()
+    flags = "--train-steps 336 --decay-steps 210 294".split()
     train.main(["--run-dir", str(run_dir), *flags])
     return run_dir
 

@@ -292,7 +292,7 @@ def test_monitor_that_has_nothing_to_do_is_refused(flags, tmp_path, capsys):
 def test_run_stopped_between_training_and_result_is_finished(
     tmp_path, finished_run, monkeypatch
 ):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise Interrupted
 
     with monkeypatch.context() as patch:
