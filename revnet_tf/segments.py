@@ -168,9 +168,14 @@ def _has_graph(model):
     """Returns whether a model is its graph, not a subclass that may do more."""
     if isinstance(model, keras.Sequential):
         return type(model) is keras.Sequential and model.built
-    # Keras exports no name of the class of functional models.
+    return type(model) is _functional_class()
+
+
+@functools.cache
+def _functional_class():
+    """Returns the class of functional models, which has no public name in Keras."""
     x = keras.Input((1,))
-    return type(model) is type(keras.Model(x, x))
+    return type(keras.Model(x, x))
 
 
 def _compiled(model, like):

@@ -61,9 +61,9 @@ class ResNet(Settings):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class RevNet(ResNet):
-    """The paper's reversible network, `revnet_tf.models.RevNet`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reversible(Settings):
+    """A network with reversible blocks."""
 
     recompute: bool = setting(
         "reconstruct activations in the backward pass, do not store them.", default=True
@@ -77,7 +77,12 @@ class RevNet(ResNet):
 
 
 @dataclasses.dataclass(frozen=True)
-class iRevNet(Settings):
+class RevNet(_Reversible, ResNet):
+    """The paper's reversible network, `revnet_tf.models.RevNet`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class iRevNet(_Reversible):
     """The network without any loss up to its head, `revnet_tf.models.iRevNet`."""
 
     num_blocks: tuple[int, ...] = setting(
@@ -104,15 +109,6 @@ class iRevNet(Settings):
     bottleneck: bool = setting(
         "use branches of 1x1, 3x3 and 1x1 convolutions, not of 3x3 convolutions only.",
         default=False,
-    )
-    recompute: bool = setting(
-        "reconstruct activations in the backward pass, do not store them.", default=True
-    )
-    fraction_bits: int | None = setting(
-        "use fixed-point streams with this number of fraction bits, which are "
-        "reconstructed bit for bit; without the flag, floating-point streams.",
-        {"at least": 0, "below": 23},
-        default=None,
     )
 
     def __post_init__(self):
@@ -144,7 +140,7 @@ class iRevNet(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class RevUNet(Settings):
+class RevUNet(_Reversible):
     """The partially reversible U-Net, `revnet_tf.models.RevUNet`."""
 
     channels: tuple[int, ...] = setting(
@@ -166,15 +162,6 @@ class RevUNet(Settings):
         "normalization of a U-Net: group, instance or batch.",
         {"options": ("group", "instance", "batch")},
         default="group",
-    )
-    recompute: bool = setting(
-        "reconstruct activations in the backward pass, do not store them.", default=True
-    )
-    fraction_bits: int | None = setting(
-        "use fixed-point streams with this number of fraction bits, which are "
-        "reconstructed bit for bit; without the flag, floating-point streams.",
-        {"at least": 0, "below": 23},
-        default=None,
     )
 
     def __post_init__(self):

@@ -117,10 +117,8 @@ def draw_slices(path, volumes, volume, found):
     limits = np.percentile(image, [0.5, 99.5])
 
     figure = Figure(figsize=(9, 9.5), layout="constrained")
-    for row, plane in zip(
-        figure.subplots(3, 3), ("sagittal", "coronal", "axial"), strict=True
-    ):
-        axis = ("sagittal", "coronal", "axial").index(plane)
+    planes = ("sagittal", "coronal", "axial")
+    for axis, row in enumerate(figure.subplots(3, 3)):
         others = [i for i in range(3) if i != axis]
         # The plane with the most voxels of the classes.
         at = int(labeled.sum(axis=tuple(others)).argmax())
@@ -144,7 +142,7 @@ def draw_slices(path, volumes, volume, found):
                     **options,
                 )
             axes.set(title=title, xticks=[], yticks=[])
-        row[0].set_ylabel(plane)
+        row[0].set_ylabel(planes[axis])
     handles = [
         Patch(color=colors(i), label=name)
         for i, name in enumerate(volumes.class_names)
