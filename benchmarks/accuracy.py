@@ -1,13 +1,14 @@
 """The error of trained networks over several seeds, and its course over the epochs.
 
     python -m benchmarks.accuracy             # the short CIFAR-10 recipes; 7 hours
-    python -m benchmarks.accuracy --recipes cifar10_revnet110 --seeds 0 1 2
+    python -m benchmarks.accuracy --recipes brain_revunet --stored brain_revunet
     python -m benchmarks.accuracy --plot      # accuracy.png again, from the CSV files
 
 The script starts `python -m training.train` for one run after the other. The same
 command continues after an interruption: it skips runs that have a row, and resumes an
 unfinished run from its last checkpoint. accuracy.csv has one row for each run,
-accuracy_epochs.csv one row for each epoch.
+accuracy_epochs.csv one row for each epoch; dice.csv and dice_epochs.csv have those of
+segmentation. The plot shows the runs on CIFAR-10.
 """
 
 import argparse
@@ -43,14 +44,14 @@ def train(run, run_dir, data_dir):
         command += [] if recompute else ["--no-recompute"]
         command += ["--data-dir", str(data_dir)] if data_dir else []
         subprocess.run(command, cwd=FOLDER.parent, check=True)
-    result = runs.finished(run_dir)
-    fields = ("test_accuracy", "test_loss", "num_parameters", "steps", "train_seconds")
-    row = {field: result[field] for field in fields}
-    write("accuracy.csv", run, [row | provenance()])
-    fields = ("epoch", "step", "train_loss", "test_loss", "test_accuracy")
+    result, score = runs.finished(run_dir), RECIPES[recipe].task.score
+    scores = [name for name in result if name.startswith("test_")]
+    row = {k: result[k] for k in (*scores, "num_parameters", "steps", "train_seconds")}
+    write(f"{score}.csv", run, [row | provenance()])
+    fields = ("epoch", "step", "train_loss", "test_loss", f"test_{score}")
     epochs = outputs.read_table(run_dir / "metrics.csv")
     rows = [{field: row[field] for field in fields} for row in epochs]
-    write("accuracy_epochs.csv", run, rows)
+    write(f"{score}_epochs.csv", run, rows)
 
 
 def read(name):
@@ -123,12 +124,13 @@ def main():
     args = parser.parse_args()
     if not args.plot:
         for run in wanted(args.recipes, args.seeds, args.stored):
-            if not rows_of(run, read("accuracy.csv")):
-                recipe, recompute, seed = run
+            recipe, recompute, seed = run
+            score = RECIPES[recipe].task.score
+            if not rows_of(run, read(f"{score}.csv")):
                 name = f"{recipe}{'' if recompute else '_stored'}_seed{seed}"
                 train(run, (args.run_dir / name).resolve(), args.data_dir)
-            (row,) = rows_of(run, read("accuracy.csv"))
-            print(*run, f"{100 * (1 - float(row['test_accuracy'])):.2f} % test error")
+            (row,) = rows_of(run, read(f"{score}.csv"))
+            print(*run, f"test {score} {float(row[f'test_{score}']):.4f}")
     plot()
 
 

@@ -1,10 +1,11 @@
 """A simulation of the memory that TensorFlow's executor needs to run a function.
 
 The simulation computes no values. It visits the operations of a graph in an order in
-which the executor can run them. All shapes are known, so it counts the bytes that are
-alive.
+which the threads of the executor can run them, and gives their outputs memory as the
+allocator does. All shapes are known.
 """
 
+import bisect
 import collections
 import heapq
 import math
@@ -37,12 +38,20 @@ _IN_PLACE = set(
 )
 # Operations whose outputs exist already: weights, and constants of the graph.
 _NOT_MADE = {"Const", "ReadVariableOp", "VarHandleOp"}
-# The executor runs smaller operations at once. Larger ones wait for a thread.
-_LARGE_BYTES = 100_000
+# Operations for which the executor does not wake another thread.
+_CHEAP = _SAME | _NOT_MADE | {"NoOp", "Placeholder", "Rank", "Shape", "ShapeN", "Size"}
+# The time in which a thread passes over a small operation, in the unit of `work`.
+_OVERHEAD = 20_000
 # The number of simulated orders of execution.
 _ORDERS = 8
-# The allocator does not split a free chunk if the rest would be small.
-_ROUNDING = 1.03
+# The allocator of a CPU leaves smaller tensors to the system.
+_SMALL_BYTES = 2**18
+# The allocator splits a free chunk if at least so much would be left.
+_MAX_WASTE = 2**27
+# Operations that TensorFlow joins to sums, and the bytes of a graph from which it gives
+# sums their memory early: 80 % of what it takes for the memory of a CPU.
+_SUMS = {"Add", "AddN", "AddV2"}
+_CPU_BYTES = 0.8 * 2**28
 
 
 def simulate(graph, boundary):
@@ -73,52 +82,101 @@ def simulate(graph, boundary):
             uses.update(t.ref() for t in op.inputs)
             for other in before:
                 followers[other].append(op)
-    # The order of operations that become ready at the same time is not known.
-    runs = [
-        _execute(waiting_for, followers, uses, boundary, random.Random(seed))
-        for seed in range(_ORDERS)
-    ]
-    kept = min((kept for _, kept in runs), key=lambda kept: sum(s for _, s in kept))
-    return round(_ROUNDING * max(peak for peak, _ in runs)), kept
+
+    # The order of operations that become ready at the same time is not known, nor is
+    # their duration. The median of several orders stands for them.
+    orders = (random.Random(seed) for seed in range(_ORDERS))
+    runs = [_execute(waiting_for, followers, uses, boundary, rng) for rng in orders]
+    peak, kept = sorted(runs, key=lambda run: run[0])[_ORDERS // 2]
+    if peak > _CPU_BYTES and not tf.config.list_logical_devices("GPU"):
+        peak += _largest_sum(waiting_for, uses)
+    return peak, kept
+
+
+def _largest_sum(ops, uses):
+    """Returns the bytes of the largest sum of three or more tensors.
+
+    TensorFlow joins additions to sums. Where a graph needs much of the memory of its
+    device, TensorFlow gives some sums their memory as soon as the first term is known.
+    (`SchedulingPass` in the memory optimizer of Grappler.)
+    """
+    terms, largest = {}, 0
+    for op in ops:
+        if op.type in _SUMS and all(t.shape == op.outputs[0].shape for t in op.inputs):
+            terms[op] = sum(
+                terms.get(t.op, 1) if uses[t.ref()] == 1 else 1 for t in op.inputs
+            )
+            if terms[op] > 2:
+                largest = max(largest, size_of(op.outputs[0]))
+    return largest
 
 
 def _execute(waiting_for, followers, uses, boundary, rng):
     """Executes operations in an order drawn by `rng`; returns as `simulate`."""
     waiting_for = dict(waiting_for)
     memory = _Buffers(uses.copy())
-    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count()
+    num_threads = tf.config.threading.get_inter_op_parallelism_threads()
     if tf.config.list_logical_devices("GPU"):
-        threads = 1  # one stream
-    small, large, under_way = collections.deque(), [], []
-    kept, now = [], 0
-
-    def ready(op):
-        size = max(map(size_of, [*op.inputs, *op.outputs]), default=0)
-        is_large = size > _LARGE_BYTES and op.type not in _SAME
-        (large if is_large else small).append(op)
-
+        num_threads = 1  # one stream
+    threads = [_Thread() for _ in range(num_threads or os.cpu_count())]
     for op, count in waiting_for.items():
         if count == 0:
-            ready(op)
-    while small or large or under_way:
-        if small:
-            op = small.popleft()
-            memory.start(op)
-        elif large and len(under_way) < threads:
-            op = large.pop()  # the one that became ready last
-            memory.start(op)
-            heapq.heappush(under_way, (now + work(op), rng.random(), op))
-            continue
-        else:
-            now, _, op = heapq.heappop(under_way)
+            rng.choice(threads).queue.append(op)
+    kept, now, under_way = [], 0, []
+    while True:
+        for thread in threads:
+            op = None if thread.busy else thread.take(rng.sample(threads, len(threads)))
+            if op:
+                memory.start(op)
+                end = now + (work(op) + _OVERHEAD) * rng.uniform(1, 1.3)
+                heapq.heappush(under_way, (end, rng.random(), thread, op))
+                thread.busy = True
+        if not under_way:
+            return memory.peak, kept
+        now, _, thread, op = heapq.heappop(under_way)
         memory.finish(op)
         if op.name == boundary:
             kept = list(memory.alive.values())
+        ready = []
         for follower in rng.sample(followers[op], len(followers[op])):
             waiting_for[follower] -= 1
             if waiting_for[follower] == 0:
-                ready(follower)
-    return memory.peak, kept
+                ready.append(follower)
+        thread.add(ready)
+        thread.busy = False
+
+
+class _Thread:
+    """A thread of the executor.
+
+    Attributes:
+        busy: bool, whether an operation is under way.
+        queue: `collections.deque` of operations that any thread may run.
+    """
+
+    def __init__(self):
+        self.busy = False
+        self.queue = collections.deque()
+        self._own = collections.deque()  # operations that no other thread runs
+
+    def add(self, ready):
+        """Adds operations that became ready as this thread finished another one."""
+        expensive = [op for op in ready if op.type not in _CHEAP]
+        self._own += [op for op in ready if op.type in _CHEAP]
+        if expensive and not self._own:
+            self._own.append(expensive.pop())
+        self.queue.extendleft(expensive)
+
+    def take(self, threads):
+        """Returns the next operation, or `None` if no operation waits.
+
+        A thread without operations takes one that waits longest in one of `threads`.
+        """
+        if self._own:
+            return self._own.popleft()
+        if self.queue:
+            return self.queue.popleft()
+        return next((other.queue.pop() for other in threads if other.queue), None)
 
 
 def work(op):
@@ -134,18 +192,66 @@ def _scratch(op):
     return 0
 
 
+class _Allocator:
+    """TensorFlow's allocator, with one region that is large enough.
+
+    It takes the smallest free chunk that is large enough, and splits a chunk only if
+    that is at least twice as large as needed. It joins free neighbours.
+    """
+
+    def __init__(self):
+        self._chunks = [(2**60, 0)]  # free ones: size and address, in order of size
+        self._size_at = {0: 2**60}
+        self._begin_of = {2**60: 0}  # the address of the free chunk that ends here
+
+    def allocate(self, size):
+        """Returns the address and the size of a chunk."""
+        if size < _SMALL_BYTES:
+            return None, size
+        size = -(-size // 256) * 256
+        found, address = self._chunks[bisect.bisect_left(self._chunks, (size, -1))]
+        self._remove(address)
+        if found >= 2 * size or found - size >= _MAX_WASTE:
+            self._add(address + size, found - size)
+            return address, size
+        return address, found
+
+    def free(self, address, size):
+        if address is None:
+            return
+        if address + size in self._size_at:
+            size += self._remove(address + size)
+        if address in self._begin_of:
+            address = self._begin_of[address]
+            size += self._remove(address)
+        self._add(address, size)
+
+    def _add(self, address, size):
+        bisect.insort(self._chunks, (size, address))
+        self._size_at[address] = size
+        self._begin_of[address + size] = address
+
+    def _remove(self, address):
+        size = self._size_at.pop(address)
+        del self._begin_of[address + size]
+        del self._chunks[bisect.bisect_left(self._chunks, (size, address))]
+        return size
+
+
 class _Buffers:
     """The buffers of tensors. Several tensors can share a buffer.
 
     Attributes:
         alive: dict from a buffer to the name of the operation that made it, and its
             size.
-        peak: int, the largest sum of the sizes so far.
+        peak: int, the largest sum so far of the sizes of their chunks.
     """
 
     def __init__(self, uses):
         self.alive = {}
         self.peak = self._total = 0
+        self._allocator = _Allocator()
+        self._chunks = {}  # address and size, by buffer or operation
         self._uses = uses  # the remaining uses of a tensor
         self._of = {}  # the buffer of a tensor
         self._tensors = collections.Counter()  # the tensors of a buffer
@@ -158,15 +264,15 @@ class _Buffers:
                 buffer = output.ref()
                 size = 0 if op.type in _NOT_MADE else size_of(output)
                 self.alive[buffer] = op.name, size
-                self._total += size
+                self._allocate(buffer, size)
             self._of[output.ref()] = buffer
             self._tensors[buffer] += 1
-        self._total += _scratch(op)
+        self._allocate(op, _scratch(op))
         self.peak = max(self.peak, self._total)
 
     def finish(self, op):
         """Frees the tensors that no later operation needs."""
-        self._total -= _scratch(op)
+        self._free(op)
         for t in op.outputs:
             if not self._uses[t.ref()]:
                 self._drop(t)
@@ -196,7 +302,17 @@ class _Buffers:
         buffer = self._of[tensor.ref()]
         self._tensors[buffer] -= 1
         if not self._tensors[buffer]:
-            self._total -= self.alive.pop(buffer)[1]
+            del self.alive[buffer]
+            self._free(buffer)
+
+    def _allocate(self, key, size):
+        address, size = self._chunks[key] = self._allocator.allocate(size)
+        self._total += size
+
+    def _free(self, key):
+        address, size = self._chunks.pop(key)
+        self._allocator.free(address, size)
+        self._total -= size
 
 
 def num_bytes(tensors):
