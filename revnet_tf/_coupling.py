@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from revnet_tf import _custom_gradient, _fixed_point
+from revnet_tf import _custom_gradient, _fixed_point, _xla
 from revnet_tf._ordering import wait
 
 # Blocks. Each is made of pure functions (see `FirstCalls`) and has two methods.
@@ -356,22 +356,23 @@ class Handoff:
     Forward: it holds the streams, so that the next run need not split their join.
     Backward, while the gradient is traced: the next run gives back the streams that it
     reconstructed, and the gradients for them. If it gives nothing (no such run on the
-    gradient's path, eager mode, another graph), the first run uses the streams that it
-    stored. A run that takes the outputs in another form, or only some of them, gives
-    back the gradients that it computed last. The first run then waits for these.
+    gradient's path, eager mode, another graph), the first run splits its outputs again,
+    which the layers after it often store anyway. A run that takes the outputs in
+    another form, or only some of them, gives back the gradients that it computed last.
+    The first run then waits for these.
 
     Attributes:
         streams: list of tensors, the last outputs.
         pair: the `Pair` that joined them.
-        num_outputs: int, the number of joined tensors.
+        outputs: list of the joined tensors.
         needed: whether the first run uses the streams in its backward pass.
         trailing: list of the rearrangements after the last other block.
     """
 
-    def __init__(self, streams, pair, num_outputs, needed, trailing):
+    def __init__(self, streams, pair, outputs, needed, trailing):
         self.streams = streams
         self.pair = pair
-        self.num_outputs = num_outputs
+        self.outputs = outputs
         self.needed = needed
         self.trailing = trailing
         self._graph = None
@@ -398,16 +399,24 @@ class Handoff:
 
     def take(self, joined):
         """Returns the streams, the gradients with that join, and the last ones."""
-        if self._graph is not tf.compat.v1.get_default_graph():
-            return self.streams, self.pair.split(joined), []
-        if self._given is None:
-            return self.streams, self.pair.split(joined), self._last
-        streams, gradients, given = self._given
+        given, last = None, []
+        if self._graph is tf.compat.v1.get_default_graph():
+            given, last = self._given, self._last
+        if given is None:
+            return self._split_again(joined), self.pair.split(joined), last
+        streams, gradients, given = given
         # Without another consumer a gradient arrives as the same tensor. Splitting the
         # join is right in any case; it only takes longer.
         if any(a is not b for a, b in zip(given, joined, strict=True)):
             gradients = self.pair.split(joined)
-        return streams, gradients, self._last
+        return streams, gradients, last
+
+    def _split_again(self, gradients):
+        # Eager mode holds the streams in any case. XLA chooses what it holds itself.
+        if tf.executing_eagerly() or _xla.is_traced():
+            return self.streams
+        after = [d for d in gradients if d is not None]
+        return self.pair.split(wait(after, self.outputs))
 
 
 class Handoffs(NamedTuple):
@@ -437,7 +446,7 @@ class Handoffs(NamedTuple):
             given = (
                 [*itertools.islice(streams, count)],
                 [*itertools.islice(gradients, count)],
-                [*itertools.islice(joined, part.num_outputs)],
+                [*itertools.islice(joined, len(part.outputs))],
             )
             part.give_back(last, given)
 
@@ -502,7 +511,7 @@ def run(
         _refuse_foreign_variables(tape.watched_variables())
         outputs, flat_losses = pair_out.join(streams), tf.nest.flatten(losses)
         needed = not isinstance(steps[-1].block, Recompute)
-        handoff = Handoff(streams, pair_out, len(outputs), needed, trailing)
+        handoff = Handoff(streams, pair_out, outputs, needed, trailing)
         result = Result(outputs, new_state, flat_losses, handoff)
 
         def backward(*gradients):

@@ -196,7 +196,7 @@ class RunLayer(keras.layers.Layer):
         if origins[0] is None:
             return None, others
         handoff, _, fraction_bits = origins[0]
-        same = [_Origin(handoff, i, fraction_bits) for i in range(handoff.num_outputs)]
+        same = [_Origin(handoff, i, fraction_bits) for i in range(len(handoff.outputs))]
         if origins != same or handoff.pair != pair_in:
             return None, others
         # A run with other fraction bits would give back other values.
@@ -450,7 +450,7 @@ def _ordinary(function, inputs):
 def pair_of_origin(tensors: list[tf.Tensor]) -> Pair:
     """Returns the `Pair` of the run that returned one tensor, or an empty one."""
     origins = [getattr(x, _ORIGIN, None) for x in tensors]
-    if len(origins) == 1 and origins[0] and origins[0].handoff.num_outputs == 1:
+    if len(origins) == 1 and origins[0] and len(origins[0].handoff.outputs) == 1:
         return origins[0].handoff.pair
     return Pair()
 

@@ -1,5 +1,7 @@
 """Scores a finished run: `python -m training.evaluate RUN_DIR [--data-dir DIR]`."""
 
+import dataclasses
+
 from training import runs, signals
 from training.command import Parser, io_errors, load_tensorflow, path
 
@@ -33,8 +35,7 @@ def main(argv=None):
         from training import data
 
         recipe = runs.recipe_of(args.run_dir)
-        if "spacing" in result:  # of the training volumes
-            recipe = recipe.replace(spacing=tuple(result["spacing"]))
+        recipe = dataclasses.replace(recipe, task=recipe.task.as_trained(result))
         images = data.load(
             recipe, args.data_dir, args.skip_corrupt, run_dir=args.run_dir
         )

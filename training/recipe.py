@@ -205,6 +205,10 @@ class Task(Settings):
         task = DATASET.of(self.dataset)
         self.require("dataset", task is type(self), f"it belongs to {task.__name__}")
 
+    def as_trained(self, result):
+        """Returns the task with what a finished run took from its training data."""
+        return self
+
     def load(self, data_dir, skip_corrupt, download, run_dir):
         """Returns the `Images` of the data set, for the arguments of `data.load`."""
         raise NotImplementedError
@@ -400,6 +404,9 @@ class Segmentation(Task):
         three = "give three numbers, for x, y and z"
         self.require("spacing", len(self.spacing) in (0, 3), three)
         self.require("patch_size", len(self.patch_size) == 3, three)
+
+    def as_trained(self, result):
+        return dataclasses.replace(self, spacing=tuple(result["spacing"]))
 
     def _check_packages(self):
         self.require(

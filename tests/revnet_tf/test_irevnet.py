@@ -203,8 +203,7 @@ OUTPUT_BYTES = 16 * 16 * 32 * 4
 @pytest.mark.thorough
 def test_body_stores_its_output_only():
     kept = {stage.name: stage.kept_bytes for stage in estimated(3, 2, 64).stages}
-    # The streams, and their join for the layer after the body.
-    assert kept["body"] <= 2 * 64 * OUTPUT_BYTES
+    assert 1 <= kept["body"] / (64 * OUTPUT_BYTES) < 1.01
 
 
 @pytest.mark.thorough
@@ -227,8 +226,7 @@ def test_xla_temporaries_are_flat_in_stages_and_blocks():
 def test_body_of_irevnet163_stores_its_output_only():
     estimated = memory.estimate(models.iRevNet163(), 8)
     kept = {stage.name: stage.kept_bytes for stage in estimated.stages}
-    # The streams, and their join for the layer after the body.
-    assert kept["body"] <= 2 * 8 * (8 * 8 * 512 * 4)
+    assert 1 <= kept["body"] / (8 * 8 * 8 * 512 * 4) < 1.01
 
 
 @pytest.mark.parametrize("blocks, near", [(1, "2"), (3, "2 or 4"), (7, "6 or 8")])
