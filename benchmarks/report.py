@@ -184,7 +184,7 @@ def main():
         "--rounds", type=int, default=6, help="timed steps of each way in a process"
     )
     parser.add_argument(
-        "--processes", type=int, default=3, help="processes that measure the time"
+        "--processes", type=int, default=2, help="processes that measure the time"
     )
     parser.add_argument("--one", nargs="+", help="make one measurement in this process")
     args = parser.parse_args()
