@@ -1,43 +1,32 @@
-"""Algorithm 1 of the RevNet paper: a run of reversible blocks, and its gradient.
+"""Algorithm 1 of the RevNet paper: blocks, and their gradients by reconstruction.
 
 A reversible block maps two streams (x1, x2) to (y1, y2):
 
     forward    y1 = x1 + f(x2)        y2 = x2 + g(y1)
     inverse    x2 = y2 - g(y1)        x1 = y1 - f(x2)
 
-`run` applies blocks in order and stores only the last outputs. Its backward pass goes
-from the last block to the first. Each block reconstructs its inputs from its outputs.
-The evaluations of f and g that this takes also give the gradients.
+`Coupling` is this block. The other blocks are the steps between reversible blocks. A
+block is made of pure functions (see `FirstCalls`) and has two methods:
 
-Three rules make this save memory:
+- `forward(call, *inputs)` returns the outputs, and a list of tensors to store for
+  `backward`. `call(function, inputs)` returns the outputs of a function.
+- `backward(again, stored, outputs, gradients, reconstruct)` returns the inputs, and the
+  gradients for them. `again(function, inputs, after)` evaluates a function once more,
+  see `SecondCalls`. The order of the functions is the reverse of that in `forward`. If
+  `reconstruct` is false, nothing uses the inputs, and they can be `None`.
 
-- One custom gradient covers the whole run. One for each block would store the outputs
-  of every block.
-- The backward pass waits (`_ordering.wait`). Reconstruction depends on no gradient, so
-  without waiting TensorFlow and XLA reconstruct all blocks first, and hold all of them.
-- A run hands the streams that it reconstructed to the run before it (`Handoff`). Runs
-  that are called one after the other then store as little as one.
+`Coupling` and `Rearrangement` also have `inverse(call, *outputs)`.
 
 Reference: Gomez et al., 2017, Algorithm 1, https://arxiv.org/abs/1707.04585
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from revnet_tf import _custom_gradient, _fixed_point, _xla
+from revnet_tf import _fixed_point
 from revnet_tf._ordering import wait
-
-# Blocks. Each is made of pure functions (see `FirstCalls`) and has two methods.
-#
-#   forward(call, *inputs) returns the outputs, and the tensors to store for `backward`.
-#   backward(again, stored, outputs, gradients, reconstruct) returns the inputs, and the
-#   gradients for them. If `reconstruct` is false, the inputs have no further use.
-#
-# `call(function, inputs)` returns outputs. `backward` calls the same functions in
-# reverse order, by `again(function, inputs, after)`: see `SecondCalls`.
 
 
 class Coupling(NamedTuple):
@@ -48,10 +37,8 @@ class Coupling(NamedTuple):
         fraction_bits: of streams in fixed point, or `None`.
         anchor: whether to store the inputs instead of reconstructing them.
         elementary: as for `_fixed_point.quantize`.
-        restore: function that replaces rounding errors of `x2` by zeros, in the
-            channels that are zeros; see `_with_exact_zeros`. `None`: there are none.
-        inputs: function, `inputs(after)` returns the true inputs of the block once
-            `after` is there. `None`: the backward pass reconstructs them.
+        restore: function that replaces rounding errors of a reconstructed `x2` by
+            zeros; see `_exact_zeros`. `None`: no channel of `x2` consists of zeros.
     """
 
     f: Callable
@@ -60,7 +47,6 @@ class Coupling(NamedTuple):
     anchor: bool = False
     elementary: bool = False
     restore: Callable | None = None
-    inputs: Callable | None = None
 
     def forward(self, call, x1, x2):
         (fx,) = call(self.f, [x2])
@@ -71,9 +57,6 @@ class Coupling(NamedTuple):
 
     def backward(self, again, stored, outputs, gradients, reconstruct=True):
         (y1, y2), (d1, d2) = outputs, gradients
-        if self.inputs is not None:
-            stored = self.inputs(after=[d1, d2, *again.last])
-            y1 = add(stored[0], *again.evaluate(self.f, stored[1:]))
         x1, x2 = stored or (None, None)
         (y1,), (gy,), pull = again(self.g, [y1], after=[d1, d2])
         if not stored:
@@ -201,6 +184,25 @@ class Recompute(NamedTuple):
         return inputs, pull(gradients)
 
 
+def add(x, change, fraction_bits=None, elementary=False):
+    """Returns `x + change` without broadcasting, which could not be undone.
+
+    In fixed point the sum is exact, and has the gradient of the plain sum.
+    """
+    if fraction_bits is None:
+        return tf.add_n([x, change])
+    change = _fixed_point.quantize(change, fraction_bits, elementary)
+    return _fixed_point.check(tf.add_n([x, change]), fraction_bits, elementary)
+
+
+def subtract(y, change, fraction_bits=None):
+    """Returns the `x` from which `add` computed `y`."""
+    if fraction_bits is not None:
+        # Elementary or not, `quantize` returns the same bits.
+        change = _fixed_point.quantize(change, fraction_bits)
+    return y - change
+
+
 class FirstCalls:
     """Calls the functions of a block in the forward pass.
 
@@ -258,7 +260,7 @@ class SecondCalls:
 
         def pull(d_outputs):
             d_inputs, found = pullback(d_outputs, self._d_losses.pop())
-            self.gradients = list(map(_sum, self.gradients, found))
+            self.gradients = list(map(sum_of, self.gradients, found))
             # The activations are free once these exist. Layers before the run, which do
             # not know `last`, wait by the control dependency.
             self.last = [d for d in found if d is not None]
@@ -267,8 +269,8 @@ class SecondCalls:
 
         return inputs, outputs, pull
 
-    def evaluate(self, function, inputs):
-        """Returns the outputs of the first function that the block calls."""
+    def first(self, function, inputs):
+        """Returns the outputs of the function that the block calls first."""
         return function(self._weights, self._states[0], inputs)[0]
 
 
@@ -280,486 +282,36 @@ def vjp(function, weights, state, inputs):
         returns the gradients for the inputs, and those for the weights (`None` for an
         unused one).
     """
-    sources = [*filter(_has_gradient, inputs), *weights]
+    sources = [*filter(has_gradient, inputs), *weights]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(sources)
         outputs, _, losses, read = function.trace(weights, state, inputs)
 
     def pullback(d_outputs, d_losses):
         pairs = zip([*outputs, *losses], [*d_outputs, *d_losses], strict=True)
-        targets, d_targets = zip(
-            *(p for p in pairs if _has_gradient(p[0])), strict=True
-        )
+        targets, d_targets = zip(*(p for p in pairs if has_gradient(p[0])), strict=True)
         d_sources = tape.gradient(targets, sources, output_gradients=d_targets)
         # The gradient of a lookup is sparse.
         d_sources = [d if d is None else tf.convert_to_tensor(d) for d in d_sources]
-        d_weights = d_sources[len(d_sources) - len(weights) :]
+        found = iter(d_sources)
+        d_inputs = [next(found) if has_gradient(x) else None for x in inputs]
+        d_weights = [*found]
         function.check(d_weights, read)
-        remaining = iter(d_sources)
-        d_inputs = [next(remaining) if _has_gradient(x) else None for x in inputs]
-        return [*map(_or_zeros, d_inputs, inputs)], d_weights
+        return [*map(or_zeros, d_inputs, inputs)], d_weights
 
     return outputs, pullback
 
 
-class Step(NamedTuple):
-    """A block in a run.
-
-    Attributes:
-        block: the block.
-        weights, state: the positions of its tensors among those of the run.
-        traces: a dict that blocks share which compute the same function of their
-            tensors: TensorFlow then traces them once. `None`: the block has no twin.
-        observe: `observe(inputs, reconstructed)` or `None`. The backward pass calls it
-            with the true inputs, which the run then stores.
-    """
-
-    block: Coupling | Rearrangement | Transition | Skip | Recompute
-    weights: Sequence[int] = ()
-    state: Sequence[int] = ()
-    traces: dict | None = None
-    observe: Callable | None = None
-
-    def forward(self, weights, state, inputs):
-        def evaluate(weights, state, inputs):
-            call = FirstCalls(weights, state)
-            outputs, stored = self.block.forward(call, *inputs)
-            changes = [
-                None if new is old else new
-                for old, new in zip(state, call.state, strict=True)
-            ]
-            return outputs, changes, call.losses, (stored, call.states)
-
-        return self._traced("forward", evaluate)(weights, state, inputs)
-
-    def backward(
-        self, weights, stored, d_losses, last, outputs, gradients, reconstruct
-    ):
-        def differentiate(weights, stored, d_losses, last, outputs, gradients):
-            stored, states = stored
-            again = SecondCalls(weights, states, d_losses, last)
-            found = self.block.backward(again, stored, outputs, gradients, reconstruct)
-            return *found, again.gradients, again.last
-
-        traced = self._traced(("backward", reconstruct), differentiate)
-        return traced(weights, stored, d_losses, last, outputs, gradients)
-
-    def _traced(self, key, function):
-        if self.traces is None:
-            return function
-        return self.traces.setdefault(key, tf.function(function, autograph=False))
-
-
-class Handoff:
-    """Connects a run to the run that is called on its outputs.
-
-    Forward: it holds the streams, so that the next run need not split their join.
-    Backward, while the gradient is traced: the next run gives back the streams that it
-    reconstructed, and the gradients for them. If it gives nothing (no such run on the
-    gradient's path, eager mode, another graph), the first run splits its outputs again,
-    which the layers after it often store anyway. A run that takes the outputs in
-    another form, or only some of them, gives back the gradients that it computed last.
-    The first run then waits for these.
-
-    Attributes:
-        streams: list of tensors, the last outputs.
-        pair: the `Pair` that joined them.
-        outputs: list of the joined tensors.
-        needed: whether the first run uses the streams in its backward pass.
-        trailing: list of the rearrangements after the last other block.
-    """
-
-    def __init__(self, streams, pair, outputs, needed, trailing):
-        self.streams = streams
-        self.pair = pair
-        self.outputs = outputs
-        self.needed = needed
-        self.trailing = trailing
-        self._graph = None
-
-    def give_back(self, last, given=None):
-        """Gives back what the next run computed.
-
-        Args:
-            last: list of tensors, the gradients that the run computed last.
-            given: `None`, or the streams, the gradients for them, and their join.
-        """
-        # In eager mode the tape holds all outputs anyway.
-        if not tf.executing_eagerly():
-            graph = tf.compat.v1.get_default_graph()
-            if self._graph is not graph:
-                self._graph, self._given = graph, None
-            self._given, self._last = given or self._given, last
-
-    def current(self):
-        """Returns the streams: those that a run gave back, or else those it holds."""
-        if self._graph is not tf.compat.v1.get_default_graph() or not self._given:
-            return self.streams
-        return self._given[0]
-
-    def take(self, joined):
-        """Returns the streams, the gradients with that join, and the last ones."""
-        given, last = None, []
-        if self._graph is tf.compat.v1.get_default_graph():
-            given, last = self._given, self._last
-        if given is None:
-            return self._split_again(joined), self.pair.split(joined), last
-        streams, gradients, given = given
-        # Without another consumer a gradient arrives as the same tensor. Splitting the
-        # join is right in any case; it only takes longer.
-        if any(a is not b for a, b in zip(given, joined, strict=True)):
-            gradients = self.pair.split(joined)
-        return streams, gradients, last
-
-    def _split_again(self, gradients):
-        # Eager mode holds the streams in any case. XLA chooses what it holds itself.
-        if tf.executing_eagerly() or _xla.is_traced():
-            return self.streams
-        after = [d for d in gradients if d is not None]
-        return self.pair.split(wait(after, self.outputs))
-
-
-class Handoffs(NamedTuple):
-    """The handoffs of several runs, whose outputs are the inputs of one run."""
-
-    parts: Sequence[Handoff]
-
-    @property
-    def streams(self):
-        return [stream for part in self.parts for stream in part.streams]
-
-    @property
-    def needed(self):
-        return any(part.needed for part in self.parts)
-
-    def current(self):
-        return [stream for part in self.parts for stream in part.current()]
-
-    @property
-    def trailing(self):
-        return []
-
-    def give_back(self, last, given):
-        streams, gradients, joined = map(iter, given)
-        for part in self.parts:
-            count = len(part.streams)
-            given = (
-                [*itertools.islice(streams, count)],
-                [*itertools.islice(gradients, count)],
-                [*itertools.islice(joined, len(part.outputs))],
-            )
-            part.give_back(last, given)
-
-
-class Result(NamedTuple):
-    """`outputs`, `state` and `losses` are lists of tensors."""
-
-    outputs: list
-    state: list
-    losses: list
-    handoff: Handoff
-
-
-def run(
-    steps,
-    inputs,
-    pair_in,
-    pair_out,
-    weights=(),
-    state=(),
-    received=None,
-    earlier=(),
-):
-    """Applies blocks in order, and stores only the last outputs for the gradient.
-
-    Args:
-        steps: list of `Step`.
-        inputs: list of tensors. Those in floating point have gradients.
-        pair_in: the `Pair` that splits the inputs into streams.
-        pair_out: the `Pair` that joins the streams to outputs.
-        weights: the tensors to which the blocks have gradients.
-        state: the tensors that the blocks read and replace, without gradients.
-        received: the `Handoff` of the run whose outputs are `inputs`, or `None`.
-        earlier: the `Handoff`s of other runs of which some outputs are among `inputs`.
-
-    Returns:
-        A `Result`.
-
-    Raises:
-        ValueError: a block reads a trainable variable that is not among `weights`.
-        NotImplementedError: a second or a forward-mode derivative is taken. It would
-            lack the part that comes through the reconstruction.
-    """
-    result = tie = None
-    if received:
-        trailing = received.trailing
-    else:
-        trailing = [_as_rearrangement(pair_in)] if pair_in.leading else []
-    rearranges = trailing or any(isinstance(s.block, Rearrangement) for s in steps)
-    if rearranges:
-        steps, trailing = _with_exact_zeros(steps, trailing)
-
-    def forward(*arguments):
-        nonlocal result
-        if tf.executing_eagerly():
-            # Otherwise an outer tape stores all tensors of the run.
-            arguments = [tf.stop_gradient(t) for t in arguments]
-        inputs_, weights = arguments[: len(inputs)], arguments[len(inputs) :]
-        first = received.streams if received else pair_in.split(inputs_)
-        with tf.GradientTape() as tape:  # shows which variables are read
-            streams, new_state, losses, stored = _forward(steps, first, weights, state)
-        _refuse_foreign_variables(tape.watched_variables())
-        outputs, flat_losses = pair_out.join(streams), tf.nest.flatten(losses)
-        needed = not isinstance(steps[-1].block, Recompute)
-        handoff = Handoff(streams, pair_out, outputs, needed, trailing)
-        result = Result(outputs, new_state, flat_losses, handoff)
-
-        def backward(*gradients):
-            if tie is None:  # `forward` has not returned: a forward-mode derivative
-                raise NotImplementedError(_HIGHER_ORDER)
-            given = iter(gradients)
-            d_outputs = [next(given) if _has_gradient(y) else None for y in outputs]
-            d_tie, *d_losses = given
-            d_losses = tf.nest.pack_sequence_as(losses, d_losses)
-            streams, d_streams, last = handoff.take(d_outputs)
-            needed = bool(received and received.needed)
-            padded, found = steps, stored
-            if received:
-                found = _with_current_inputs(stored, first, received)
-            elif rearranges:
-                padded = _with_true_inputs(steps, pair_in, inputs_)
-            streams, d_streams, d_weights, last = _backward(
-                padded, found, weights, d_losses, streams, d_streams, last, needed
-            )
-            # TensorFlow does not save a custom gradient inside of another one. It
-            # differentiates a loaded gradient in the ordinary way, which is right.
-            if not _custom_gradient.is_traced_for_saving(d_tie):
-                _, *tied = _custom_gradient.call(
-                    _first_order_only, tie, *d_streams, *d_weights
-                )
-                count = len(d_streams)
-                d_streams, d_weights = tied[:count], tied[count:]
-            d_inputs = pair_in.join(d_streams)
-            for other in earlier:
-                other.give_back(last)
-            if received:
-                received.give_back(last, (streams, d_streams, d_inputs))
-            return [*d_inputs, *d_weights]
-
-        # Eager mode cannot return a gradient for a mask, for example.
-        differentiable = filter(_has_gradient, outputs)
-        return (*differentiable, tf.zeros([0]), *flat_losses), backward
-
-    # `tie` is empty. The results of `backward` depend on it, so a second derivative for
-    # the arguments arrives at `_first_order_only`.
-    tensors = _custom_gradient.call(forward, *inputs, *weights)
-    made = iter(tensors)
-    outputs = [next(made) if _has_gradient(y) else y for y in result.outputs]
-    tie, *losses = made
-    return result._replace(outputs=outputs, losses=losses)
-
-
-def _forward(steps, streams, weights, state):
-    """Applies the blocks from the first to the last.
-
-    Returns:
-        The streams, the state, and for each block its losses, and what it stores.
-    """
-    state, losses, stored = list(state), [], []
-    for step in steps:
-        inputs = streams if step.observe else None
-        own = [weights[i] for i in step.weights], [state[i] for i in step.state]
-        streams, changes, step_losses, step_stored = step.forward(*own, streams)
-        for i, new in zip(step.state, changes, strict=True):
-            state[i] = state[i] if new is None else new
-        losses.append(step_losses)
-        stored.append((step_stored, inputs))
-    return streams, state, losses, stored
-
-
-def _with_current_inputs(stored, inputs, received):
-    """Returns what blocks stored. Inputs that were given back replace stored ones.
-
-    A run that is called on the same inputs may have reconstructed them. The run before
-    then need not hold them.
-    """
-    ((first, states), observed), *others = stored
-    if list(map(id, first)) == list(map(id, inputs)):
-        first = received.current()
-    return [((first, states), observed), *others]
-
-
-def _backward(
-    steps, stored, weights, d_losses, streams, d_streams, last, inputs_needed
-):
-    """Goes through the blocks from the last to the first.
-
-    Returns:
-        The inputs of the run as streams, the gradients for them and for the weights,
-        and the gradients that were computed last.
-    """
-    d_weights = [None] * len(weights)
-    for i in reversed(range(len(steps))):
-        step, (step_stored, inputs) = steps[i], stored[i]
-        own = [weights[j] for j in step.weights]
-        reconstruct = bool(i > 0 or inputs_needed or step.observe)
-        streams, d_streams, d_own, last = step.backward(
-            own, step_stored, d_losses[i], last, streams, d_streams, reconstruct
-        )
-        if step.observe:
-            step.observe(inputs, streams)
-        for j, d in zip(step.weights, d_own, strict=True):
-            d_weights[j] = _sum(d_weights[j], d)
-    # Zeros for an unused weight: all replicas must have the same gradients.
-    return streams, d_streams, [*map(_or_zeros, d_weights, weights)], last
-
-
-def inverse(steps, outputs, pair_in, weights=(), state=()):
-    """Returns the streams that reversible blocks map to `outputs`; drops new states."""
-    steps, _ = _with_exact_zeros(steps, [_as_rearrangement(pair_in)])
-    for step in reversed(steps):
-        call = FirstCalls(
-            [weights[i] for i in step.weights], [state[i] for i in step.state]
-        )
-        outputs = step.block.inverse(call, *outputs)
-    return outputs
-
-
-def _with_exact_zeros(steps, rearrangements):
-    """Returns steps whose couplings restore the zeros that a padding has added.
-
-    Rounding replaces these zeros by tiny values. A branch with normalization divides a
-    channel of tiny values by its tiny deviation, and a ReLU has another gradient at a
-    tiny value than at zero. The gradient would be another one.
-
-    Args:
-        steps: list of `Step`.
-        rearrangements: list of `Rearrangement`, those directly before the steps.
-
-    Returns:
-        The steps, and the rearrangements directly after the last block.
-    """
-    found = []
-    for step in steps:
-        if isinstance(step.block, Rearrangement):
-            rearrangements = [*rearrangements, step.block]
-        else:
-            if isinstance(step.block, Coupling):
-                block = step.block._replace(restore=_restoring(rearrangements))
-                step = step._replace(block=block)
-                if block.restore is not None:  # another function than its twins
-                    step = step._replace(traces=None)
-            rearrangements = []
-        found.append(step)
-    return found, rearrangements
-
-
-def _with_true_inputs(steps, pair_in, inputs):
-    """Returns steps whose first coupling uses the inputs of the run after a padding.
-
-    The inputs are smaller than the streams after the padding, and mostly exist anyway:
-    an image is the input of the network. With a stream of zeros the first branch often
-    returns zeros, and the second branch needs these exactly, too.
-    """
-    rearrangements = [pair_in.split]
-    for i, step in enumerate(steps):
-        if isinstance(step.block, Rearrangement):
-            rearrangements.append(step.block.there)
-            continue
-        if getattr(step.block, "restore", None) and step.block.fraction_bits is None:
-
-            def true_inputs(after):
-                streams = wait(after, inputs)
-                for there in rearrangements:
-                    streams = there(streams)
-                return streams
-
-            block = step.block._replace(inputs=true_inputs)
-            return [*steps[:i], step._replace(block=block), *steps[i + 1 :]]
-        break
-    return steps
-
-
-def _restoring(rearrangements):
-    """Returns a function of the second stream, the `restore` of a `Coupling`."""
-    blocks = [*itertools.dropwhile(lambda b: not b.adds_zeros, rearrangements)]
-    if not blocks:
-        return None
-
-    def restore(x2):
-        # A padding acts on both streams. The first one is not known yet.
-        streams = [tf.zeros_like(x2), x2]
-        for block in reversed(blocks):
-            streams = block.back(streams)
-        for block in blocks:
-            streams = block.there(streams)
-        return streams[1]
-
-    return restore
-
-
-def _as_rearrangement(pair):
-    adds_zeros = any(block.adds_zeros for block in pair.leading)
-    return Rearrangement(pair.split, pair.join, adds_zeros)
-
-
-def add(x, change, fraction_bits=None, elementary=False):
-    """Returns `x + change` without broadcasting, which could not be undone.
-
-    In fixed point the sum is exact, and has the gradient of the plain sum.
-    """
-    if fraction_bits is None:
-        return tf.add_n([x, change])
-    change = _fixed_point.quantize(change, fraction_bits, elementary)
-    return _fixed_point.check(tf.add_n([x, change]), fraction_bits, elementary)
-
-
-def subtract(y, change, fraction_bits=None):
-    """Returns the `x` from which `add` computed `y`."""
-    if fraction_bits is not None:
-        # Elementary or not, `quantize` returns the same bits.
-        change = _fixed_point.quantize(change, fraction_bits)
-    return y - change
-
-
-def _sum(a, b):
+def sum_of(a, b):
     """Returns the sum of two gradients; `None` stands for none."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
 
 
-def _has_gradient(tensor):
+def has_gradient(tensor):
     return tensor.dtype.is_floating or tensor.dtype.is_complex
 
 
-def _or_zeros(gradient, like):
+def or_zeros(gradient, like):
     return tf.zeros_like(like) if gradient is None else gradient
-
-
-_HIGHER_ORDER = (
-    "Second derivatives and forward-mode derivatives cannot pass through activations "
-    "that are reconstructed. Set `recompute=False` on the reversible layers for this "
-    "computation: the values are the same."
-)
-
-
-def _first_order_only(tie, *gradients):
-    def gradient(d_tie, *d_gradients):
-        if not _custom_gradient.is_traced_for_saving(d_tie):
-            raise NotImplementedError(_HIGHER_ORDER)
-        # A loaded training function raises when it computes a second derivative.
-        tf.debugging.Assert(False, [_HIGHER_ORDER])
-        return d_tie, *d_gradients
-
-    return (tf.identity(tie), *gradients), gradient
-
-
-def _refuse_foreign_variables(variables):
-    if variables:
-        names = ", ".join(sorted(v.name for v in variables))
-        raise ValueError(
-            f"Expected a branch that uses its own trainable variables; it also uses "
-            f"{names}, which would get no gradient. Assign the layer that owns them to "
-            "an attribute of the branch, or set `recompute=False`."
-        )

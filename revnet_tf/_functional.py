@@ -1,4 +1,4 @@
-"""Keras layers as pure functions of their variables, for `_coupling.run`.
+"""Keras layers as pure functions of their variables, for `_run.run`.
 
 The functions call a layer in a `keras.StatelessScope`. The scope gives it the values of
 its variables and collects the new values. A second call with the same values then gives
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from revnet_tf import _coupling
+from revnet_tf import _run
 from revnet_tf._pair import Pair
 
 # Operations whose second execution has another result, or a further effect.
@@ -123,7 +123,7 @@ class Variables:
 
 
 class Function:
-    """A pure function of weights, state and inputs, as `_coupling` calls it."""
+    """A pure function of weights, state and inputs, as blocks call it."""
 
     def __init__(self, name, apply):
         self._name = name
@@ -164,7 +164,7 @@ def steps(blocks):
 
     Args:
         blocks: list of tuples `(block, variables, traces, observe)`; see
-            `_coupling.Step`.
+            `_run.Step`.
 
     Returns:
         The steps, the weights and the state. A variable of several blocks occurs once.
@@ -173,7 +173,7 @@ def steps(blocks):
     for block, variables, traces, observe in blocks:
         own_weights = _positions(variables.weights, weights)
         own_state = _positions(variables.state, state)
-        found.append(_coupling.Step(block, own_weights, own_state, traces, observe))
+        found.append(_run.Step(block, own_weights, own_state, traces, observe))
     return found, weights, state
 
 
@@ -266,17 +266,14 @@ def trace(steps, inputs, weights, state):
     """Traces steps that ran in eager mode, under `repeatable_operations`.
 
     Args:
-        steps: list of `_coupling.Step`.
+        steps: list of `_run.Step`.
         inputs, weights, state: lists of the tensors of the run.
     """
 
     @tf.function(autograph=False)
     def forward(streams, weights, state):
         with repeatable_operations():
-            for step in steps:
-                own = [weights[i] for i in step.weights], [state[i] for i in step.state]
-                streams, *_ = step.forward(*own, streams)
-        return streams
+            return _run.forward(steps, streams, weights, state)[0]
 
     specs = tf.nest.map_structure(
         lambda t: tf.TensorSpec(t.shape, t.dtype), (list(inputs), weights, state)

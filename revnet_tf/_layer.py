@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import keras
 import tensorflow as tf
 
-from revnet_tf import _coupling, _fixed_point, _functional
+from revnet_tf import _fixed_point, _functional, _run
 from revnet_tf._functional import CallArguments, Variables
 from revnet_tf._pair import (
     Pair,
@@ -65,7 +65,7 @@ class _Origin(NamedTuple):
         fraction_bits: int or `None`, the fraction bits of the streams.
     """
 
-    handoff: _coupling.Handoff
+    handoff: _run.Handoff
     index: int
     fraction_bits: int | None
 
@@ -148,8 +148,8 @@ class RunLayer(keras.layers.Layer):
     ) -> list[tf.Tensor]:
         """Applies the blocks to a list of tensors, and returns a list of tensors."""
         store = self.stores(arguments.training)
-        received, others = (None, []) if store else self.received(inputs, pair_in)
-        if self.fraction_bits is not None and received is None:
+        received, others = ([], []) if store else self.received(inputs, pair_in)
+        if self.fraction_bits is not None and not received:
             inputs = [
                 _fixed_point.convert(x, self.fraction_bits, not arguments.training)
                 for x in inputs
@@ -172,19 +172,20 @@ class RunLayer(keras.layers.Layer):
                 for layer in layers:
                     streams, _ = layer.block(arguments).forward(_ordinary, *streams)
                 inputs = ends[1].join(streams)
-            received, others = None, []
+            received, others = [], []
         return inputs
 
     def received(
         self, inputs: list[tf.Tensor], pair_in: Pair
-    ) -> tuple[_coupling.Handoff | None, list[_coupling.Handoff]]:
-        """Returns the handoff of the run that returned `inputs`.
+    ) -> tuple[list[_run.Handoff], list[_run.Handoff]]:
+        """Returns the handoffs of the runs that returned `inputs`, one after the other.
 
-        If there is none, the first value is `None`. The second is a list of the
-        handoffs of other runs that returned some of the inputs.
+        If there are other inputs, or the runs split them in another way, the first list
+        is empty. The second list has the handoffs of other runs that returned some of
+        the inputs.
         """
         if tf.executing_eagerly():
-            return None, []
+            return [], []
         origins = [getattr(x, _ORIGIN, None) for x in inputs]
         others = list({id(o.handoff): o.handoff for o in origins if o}.values())
         if isinstance(pair_in, Pairs):
@@ -192,17 +193,17 @@ class RunLayer(keras.layers.Layer):
                 self.received([x], pair)[0]
                 for x, pair in zip(inputs, pair_in.pairs, strict=True)
             ]
-            return (None, others) if None in parts else (_coupling.Handoffs(parts), [])
+            return (sum(parts, []), []) if all(parts) else ([], others)
         if origins[0] is None:
-            return None, others
+            return [], others
         handoff, _, fraction_bits = origins[0]
         same = [_Origin(handoff, i, fraction_bits) for i in range(len(handoff.outputs))]
         if origins != same or handoff.pair != pair_in:
-            return None, others
+            return [], others
         # A run with other fraction bits would give back other values.
         if fraction_bits != self.fraction_bits and not self.stores_inputs:
-            return None, others
-        return handoff, []
+            return [], others
+        return [handoff], []
 
     def run(
         self,
@@ -210,8 +211,8 @@ class RunLayer(keras.layers.Layer):
         inputs: list[tf.Tensor],
         arguments: CallArguments,
         ends: tuple[Pair, Pair],
-        received: _coupling.Handoff | None,
-        others: list[_coupling.Handoff],
+        received: list[_run.Handoff],
+        others: list[_run.Handoff],
     ) -> list[tf.Tensor]:
         """Applies blocks that recompute, and returns a list of tensors."""
         observe = getattr(_observer.get(), "reconstructed", None)
@@ -225,9 +226,7 @@ class RunLayer(keras.layers.Layer):
         steps, weights, state = _functional.steps(blocks)
         values, old_state = _functional.values(weights), _functional.values(state)
         with _functional.repeatable_operations():
-            result = _coupling.run(
-                steps, inputs, *ends, values, old_state, received, others
-            )
+            result = _run.run(steps, inputs, *ends, values, old_state, received, others)
         self._trace_once(layers, steps, inputs, ends[0], values, old_state)
         for variable, old, new in zip(state, old_state, result.state, strict=True):
             if new is not old:

@@ -5,7 +5,7 @@ import itertools
 import keras
 import tensorflow as tf
 
-from revnet_tf import _coupling, _fixed_point, _functional
+from revnet_tf import _fixed_point, _functional, _run
 from revnet_tf._functional import CallArguments
 from revnet_tf._layer import PairLayer
 from revnet_tf._pair import Shape, Shapes, Tensors, listed
@@ -95,7 +95,7 @@ class ReversibleLayer(PairLayer):
         steps, weights, state = _functional.steps(blocks)
         values = _functional.values(weights), _functional.values(state)
         streams = pair_out.split(tf.nest.flatten(outputs))
-        streams = _coupling.inverse(steps, streams, pair_in, *values)
+        streams = _run.inverse(steps, streams, pair_in, *values)
         return tf.nest.pack_sequence_as(outputs, pair_in.join(streams))
 
     def _check_output(self, outputs):

@@ -25,10 +25,11 @@ from twins import (
 )
 
 from benchmarks.memory import xla_temporary_bytes
-from revnet_tf import RevBlock, RevSequence, _coupling
-from revnet_tf._coupling import Coupling, Step
+from revnet_tf import RevBlock, RevSequence, _run
+from revnet_tf._coupling import Coupling
 from revnet_tf._functional import Function
 from revnet_tf._pair import Pair
+from revnet_tf._run import Step
 
 layers = keras.layers
 
@@ -192,7 +193,7 @@ def test_a05_a_branch_with_another_number_of_gradients_is_refused(read):
     step = Step(Coupling(branch, branch), weights=[0])
     with pytest.raises(ValueError, match="zip"), tf.GradientTape() as tape:
         tape.watch(x)
-        result = _coupling.run([step], [x, x], Pair(), Pair(), [weight])
+        result = _run.run([step], [x, x], Pair(), Pair(), [weight])
         tape.gradient(result.outputs, x)
 
 

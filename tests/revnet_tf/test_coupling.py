@@ -17,10 +17,11 @@ from twins import (
     twins,
 )
 
-from revnet_tf import RevBlock, RevSequence, _coupling
-from revnet_tf._coupling import Coupling, Step
+from revnet_tf import RevBlock, RevSequence, _run
+from revnet_tf._coupling import Coupling
 from revnet_tf._layer import Observer
 from revnet_tf._pair import Pair
+from revnet_tf._run import Step
 
 layers = keras.layers
 
@@ -508,7 +509,7 @@ def test_run_refuses_a_branch_with_another_number_of_states():
     step = Step(Coupling(branch, branch), state=[0])
     x, state = images(2, 4), [tf.zeros([])]
     with pytest.raises(ValueError, match="zip"):
-        _coupling.run([step], [x, x], Pair(), Pair(), state=state)
+        _run.run([step], [x, x], Pair(), Pair(), state=state)
 
 
 def drifting_sequence(anchors):

@@ -282,6 +282,24 @@ def test_layers_connect_with_reversible_blocks(run_in_every_mode):
     assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+def test_pair_of_a_block_and_of_a_recomputed_layer_has_the_sum_of_gradients():
+    # The block does not reconstruct its first stream, which the pair's layer stores.
+    def make(flag):
+        keras.utils.set_random_seed(0)
+        x = keras.Input((8,))
+        halves = keras.Model(x, [layers.Dense(4)(x), layers.Dense(4)(x)])
+        pair = Recompute(halves, recompute=flag)(x)
+        y = RevBlock(layers.Dense(4), layers.Dense(4), recompute=flag)(pair)
+        product = Recompute(layers.Multiply(), recompute=flag)(pair)
+        return keras.Model(x, [product, *y])
+
+    found = [
+        tf.function(loss_and_gradients, autograph=False)(make(flag), images(4, 8))
+        for flag in (True, False)
+    ]
+    assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_config_and_weights_survive_the_file(tmp_path):
     model = wrapped(Recompute)
     model.save(tmp_path / "model.keras")
