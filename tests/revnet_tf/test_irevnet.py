@@ -9,7 +9,7 @@ import tensorflow as tf
 from conftest import MODES
 from twins import assert_close, images, loss_and_gradients
 
-from revnet_tf import memory, models
+from revnet_tf import export, memory, models
 
 SMALL = dict(num_blocks=(2, 4, 2), channels=(8, 32, 128), strides=(1, 2, 2))
 SHAPE = (8, 8, 3)
@@ -310,6 +310,31 @@ def test_network_without_top_takes_every_divisible_size(tmp_path):
     np.testing.assert_array_equal(
         loaded.get_layer("body").inverse(body(x)), body.inverse(body(x))
     )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("fraction_bits", [None, 14])
+def test_clone_file_and_saved_model_return_the_values_of_the_network(
+    tmp_path, fraction_bits
+):
+    model = randomized(small(dropout=0.1, fraction_bits=fraction_bits))
+    x = images(4, *SHAPE)
+    expected = model(x)
+    body = model.get_layer("body")
+    features = body(x)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for copy in (clone, loaded):
+        np.testing.assert_array_equal(copy(x), expected)
+        np.testing.assert_array_equal(
+            copy.get_layer("body").inverse(features), body.inverse(features)
+        )
+    export.export_saved_model(clone, tmp_path / "1")
+    serve = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    served = serve(inputs=x)["predictions"]
+    np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.thorough
