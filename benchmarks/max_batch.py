@@ -1,11 +1,11 @@
 """The largest batch within a budget: by estimate, and by measurement.
 
-    python -m benchmarks.max_batch   # max_batch.csv; 10 minutes
+    python -m benchmarks.max_batch   # max_batch.csv; 15 minutes
 
 For 5 networks in graph mode and 4 budgets each, `revnet_tf.memory.max_batch_size` names
-a batch. The measured batch is the largest one with a measured peak within the budget, the
-largest peak of nine steps.
-It comes from measurements at four batch sizes: the peak is nearly linear between them.
+a batch. The measured batch is the largest one with a measured peak within the budget,
+the largest peak of nine steps. It comes from measurements at four batch sizes: the peak
+is nearly linear between them.
 The column `ratio` is the estimated batch by the measured one. Each network has a
 process of its own.
 """

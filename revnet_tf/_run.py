@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from revnet_tf import _custom_gradient, _xla
+from revnet_tf import _custom_gradient
 from revnet_tf._coupling import (
     FirstCalls,
     Rearrangement,
@@ -29,7 +29,6 @@ from revnet_tf._coupling import (
     sum_of,
 )
 from revnet_tf._exact_zeros import as_rearrangement, with_exact_zeros
-from revnet_tf._ordering import wait
 
 
 class Step(NamedTuple):
@@ -147,20 +146,19 @@ class Handoff:
         if self._graph is tf.compat.v1.get_default_graph():
             given, last = self._given, self._last
         if given is None:
-            return self._split_again(joined), self.pair.split(joined), last
+            streams = self.streams
+            if not tf.executing_eagerly():
+                # XLA ignores the dependencies, and takes the streams themselves.
+                after = [tf.identity(d) for d in joined if d is not None]
+                with tf.control_dependencies(after):
+                    streams = self.pair.split([tf.identity(y) for y in self.outputs])
+            return streams, self.pair.split(joined), last
         streams, gradients, given = given
         # Without another consumer a gradient arrives as the same tensor. Splitting the
         # join is right in any case; it only takes longer.
         if any(a is not b for a, b in zip(given, joined, strict=True)):
             gradients = self.pair.split(joined)
         return streams, gradients, last
-
-    def _split_again(self, gradients):
-        # Eager mode holds the streams in any case. XLA chooses what it holds itself.
-        if tf.executing_eagerly() or _xla.is_traced():
-            return self.streams
-        after = [d for d in gradients if d is not None]
-        return self.pair.split(wait(after, self.outputs))
 
 
 class Result(NamedTuple):

@@ -123,8 +123,8 @@ def estimate(model: keras.Model, batch_size: int) -> Memory:
     - An operation that can write over its input, such as an addition, needs no memory.
     - A tensor takes the smallest free chunk of the allocator that is large enough. The
       allocator splits a chunk only if it is at least twice as large.
-    - Memory within a `tf.while_loop`, a `tf.cond` or a function that XLA compiles is not
-      counted. Keras compiles grouped convolutions on a CPU in this way.
+    - Memory within a `tf.while_loop`, a `tf.cond` or a function that XLA compiles is
+      not counted. Keras compiles grouped convolutions on a CPU in this way.
 
     With XLA the figures are those of the compiled step.
 
