@@ -128,7 +128,12 @@ def test_decay_steps_beyond_the_end_are_named(finished_run):
 def test_run_ends_with_the_activation_memory_of_a_step(finished_run):
     _, out = finished_run
     network = models.RevNet(
-        (1,), (8, 8), input_shape=(8, 8, 1), classes=10, classifier_activation=None
+        (1,),
+        (8, 8),
+        input_shape=(8, 8, 1),
+        classes=10,
+        classifier_activation=None,
+        kernel_regularizer="l2",
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     network.compile(keras.optimizers.SGD(0.1, 0.9), loss)
