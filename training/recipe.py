@@ -314,8 +314,17 @@ class Classification(Task):
         classification.predict(self, model, inputs, output, result)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Mirrored(Settings):
+    """A task whose images can be mirrored in training."""
+
+    flip: bool = setting(
+        "mirror half of the images; volumes, along each axis.", default=False
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class SmallImageClassification(Classification):
+class SmallImageClassification(_Mirrored, Classification):
     """Images in memory, normalized, and augmented by crops and flips."""
 
     image_size: int | None = setting(
@@ -328,9 +337,6 @@ class SmallImageClassification(Classification):
         "pixels of zeros on each side of an image, before a random crop.",
         {"at least": 0, "below": 33},
         default=0,
-    )
-    flip: bool = setting(
-        "mirror half of the images; volumes, along each axis.", default=False
     )
     test_in_mean: bool = setting(
         "subtract the mean of training and test images, as the paper's authors do, "
@@ -363,7 +369,7 @@ class ImageNetClassification(Classification):
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation(Task):
+class Segmentation(_Mirrored, Task):
     """Volumes with a class for each voxel, with Dice loss plus cross-entropy."""
 
     spacing: tuple[float, ...] = setting(
@@ -390,9 +396,6 @@ class Segmentation(Task):
         "of the whole volume; voxels of intensity 0 do not count.",
         {"options": ("channel", "volume")},
         default="channel",
-    )
-    flip: bool = setting(
-        "mirror half of the images; volumes, along each axis.", default=False
     )
 
     formats = ("saved_model",)
