@@ -136,7 +136,8 @@ def estimate(model: keras.Model, batch_size: int) -> Memory:
         A `Memory`.
 
     Raises:
-        ValueError: the shapes of the model's inputs are not known.
+        ValueError: the shapes of the model's inputs are not known, or `batch_size` is
+            no positive integer.
     """
     step, graph, calls = _traced(model, batch_size)
     if step.jit_compile:
@@ -166,7 +167,7 @@ def measure(model: keras.Model, batch_size: int) -> Memory:
         A `Memory`.
 
     Raises:
-        ValueError: the shapes of the model's inputs are not known.
+        ValueError: as for `estimate`.
         RuntimeError: the allocator has no statistics. On processors for which
             TensorFlow does not use oneDNN by default, TF_ENABLE_ONEDNN_OPTS=1 turns
             them on.
@@ -198,8 +199,9 @@ def plan(model: keras.Model, batch_size: int, budget_bytes: int) -> keras.Model:
 
     Raises:
         TypeError: the budget is no number.
-        ValueError: the budget is below the need of a step that recomputes all blocks,
-            or the model has no blocks and `recompute` refuses it. The message names the
+        ValueError: the budget is not positive and finite, or is below the need of a
+            step that recomputes all blocks; or `estimate` refuses the arguments; or the
+            model has no blocks and `recompute` refuses it. The message names the
             largest batch that fits, or the largest patch in a batch of 1.
     """
     _check_budget(budget_bytes)
@@ -313,10 +315,10 @@ def _check_budget(budget_bytes):
             f"budget_bytes must be a number of bytes; got {budget_bytes!r}. Write "
             "20 MB as 20_000_000."
         )
-    if not budget_bytes > 0:
+    if not 0 < budget_bytes < math.inf:
         raise ValueError(
-            f"budget_bytes must be positive; got {budget_bytes}. Give the bytes of "
-            "activations, weights, gradients and optimizer together."
+            f"budget_bytes must be positive and finite; got {budget_bytes}. Give the "
+            "bytes of activations, weights, gradients and optimizer together."
         )
 
 

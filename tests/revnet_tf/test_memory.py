@@ -240,5 +240,8 @@ def test_models_that_cannot_be_estimated_are_refused():
         memory.plan(keras.Model(x, keras.layers.Dense(4)(x)), 2, 10**9)
     with pytest.raises(ValueError, match="input_shape"):
         memory.estimate(models.RevNet((1,), (4, 4), include_top=False), 2)
+    for batch_size in (0, -1, 2.5, "3", None, True):
+        with pytest.raises(ValueError, match=f"batch_size .* got {batch_size!r}"):
+            memory.estimate(dense_model(1), batch_size)
     with pytest.raises(ValueError, match="functional or sequential"):
         memory.estimate(RevBlock(keras.layers.Dense(1), keras.layers.Dense(1)), 2)
