@@ -9,6 +9,7 @@ last cut stores its activations: the backward pass begins there.
 import functools
 import itertools
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import keras
@@ -48,7 +49,7 @@ def recompute(model: keras.Model, segments: int | None = None) -> keras.Model:
     Raises:
         ValueError: the model is not functional or sequential, is not built, or is
             recomputed already. Or no place has a single tensor, or `segments` is
-            negative or too large.
+            negative or too large. Or `segments` is 0, and a nested model is recomputed.
 
     Example:
 
@@ -58,9 +59,19 @@ def recompute(model: keras.Model, segments: int | None = None) -> keras.Model:
     """
     _check(model, segments)
     common = {"name": model.name, "trainable": model.trainable}
-    sequential = isinstance(model, keras.Sequential)
-    ends = (model.inputs, model.outputs) if sequential else (model.input, model.output)
+    # The functional model that a sequential one holds has the structure of its ends.
+    functional = getattr(model, "_functional", None) or model
+    ends = functional.input, functional.output
     if segments == 0:
+        # `_flatten_layers` finds layers in all attributes; no public method does.
+        for inner in model._flatten_layers(include_self=False):
+            if isinstance(inner, SegmentedModel):
+                raise ValueError(
+                    f"Expected nested models that are plain; {inner.name} in "
+                    f"{model.name} is recomputed. Build {model.name} around its plain "
+                    f"form, `recompute({inner.name}, 0)`, and recompute the whole: "
+                    "`recompute` looks into nested models."
+                )
         if not isinstance(model, SegmentedModel):
             return model
         return _compiled(keras.Model(*ends, **common), model)
@@ -86,9 +97,10 @@ class SegmentedModel(keras.Model):
         ends = _placed(graph) if segments is None else segments
         first, parts, number = 0, [], itertools.count(1)
         for last, is_recomputed in ends:
-            part = _Part(graph, first, last, dtype=self.dtype_policy)
-            if is_recomputed is not None:
-                name = f"segment{next(number)}"
+            segment = is_recomputed is not None
+            name = f"segment{next(number)}" if segment else None
+            part = _Part(graph, first, last, name=name, dtype=self.dtype_policy)
+            if segment:
                 part = Recompute(part, recompute=is_recomputed, name=name)
                 # The segment is no layer of the model, so its losses go to the model.
                 part.add_loss = functools.partial(keras.layers.Layer.add_loss, self)
@@ -149,19 +161,18 @@ def _check(model, segments):
             f"{type(model).__name__}, which can call its layers in any way. Wrap its "
             "parts in `revnet_tf.Recompute`."
         )
-    if segments is None or segments:
-        is_count = isinstance(segments, int) and not isinstance(segments, bool)
-        if segments is not None and (not is_count or segments < 0):
-            raise ValueError(
-                f"segments must be a positive integer, 0 or None; got {segments!r}. "
-                "Leave it out for the default number."
-            )
-        if isinstance(model, SegmentedModel):
-            raise ValueError(
-                f"Expected a plain model; {model.name} is recomputed already. Set "
-                "`recompute` on its `segments`, or begin with the plain model, "
-                "`recompute(model, 0)`."
-            )
+    is_whole = isinstance(segments, numbers.Integral) and not isinstance(segments, bool)
+    if segments is not None and not (is_whole and segments >= 0):
+        raise ValueError(
+            f"segments must be a positive integer, 0 or None; got {segments!r}. Leave "
+            "it out for the default number."
+        )
+    if segments != 0 and isinstance(model, SegmentedModel):
+        raise ValueError(
+            f"Expected a plain model; {model.name} is recomputed already. Set "
+            "`recompute` on its `segments`, or begin with the plain model, "
+            "`recompute(model, 0)`."
+        )
 
 
 def _has_graph(model):
@@ -345,16 +356,16 @@ def _placed(graph, segments=None):
     possible = int(np.sum(np.diff(closed)[:-1] == 0))
     if segments is None:
         segments = max(1, round(math.sqrt(possible)))
-    if segments > possible:
-        places = f"{possible} places" if possible else "no place"
+    if not possible:
         raise ValueError(
-            f"Expected at most as many segments as the graph has places where a single "
-            f"tensor carries everything; it has {places}, and segments={segments}. "
-            + (
-                f"Use segments={possible} or fewer."
-                if possible
-                else "Wrap parts of the model in `revnet_tf.Recompute`."
-            )
+            "Expected a model with a place where a single tensor carries everything; "
+            "found no place. Wrap parts of the model in `revnet_tf.Recompute`."
+        )
+    if segments > possible:
+        raise ValueError(
+            "Expected at most as many segments as the model has places where a single "
+            f"tensor carries everything; it has {possible}, and segments={segments}. "
+            f"Use segments={possible} or fewer."
         )
     # From the row's position to that of the column.
     inside = np.maximum(made[None] - made[:, None] - at_cut, 0)

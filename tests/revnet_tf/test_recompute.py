@@ -1,6 +1,7 @@
 """`Recompute` and `recompute`: a step equals the step of the ordinary network."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -357,6 +358,16 @@ def test_the_choice_of_segments_survives_the_file(tmp_path):
     np.testing.assert_array_equal(loaded(x), model(x))
 
 
+def test_a_recomputed_sequential_model_is_a_layer_of_another_model():
+    base = keras.Sequential([keras.Input((3,)), *(layers.Dense(3) for _ in range(3))])
+    found = recompute(base, np.int64(2))
+    x = keras.Input((3,))
+    outer = keras.Model(x, layers.Dense(1)(found(x)))
+    assert outer(images(2, 3), training=True).shape == (2, 1)
+    with pytest.raises(ValueError, match=f"{found.name} in {outer.name} is recomputed"):
+        recompute(outer, 0)
+
+
 def test_losses_of_a_segment_count_once():
     model, twin = recompute(whole(), 3), whole()
     twin.set_weights(model.get_weights())
@@ -398,6 +409,10 @@ def test_models_that_cannot_be_recomputed_are_refused():
             recompute(model, segments)
     with pytest.raises(ValueError, match="or fewer"):
         recompute(model, 1000)
+    stateful = [layers.Dense(3), layers.LSTM(3, stateful=True), layers.Dense(3)]
+    stateful = keras.Sequential([keras.Input((2, 3), 1), *stateful])
+    with pytest.raises(ValueError, match="segment1 changes"):
+        recompute(stateful, 1)(images(1, 2, 3), training=True)
     with pytest.raises(ValueError, match="recomputed already"):
         recompute(recompute(model))
     with pytest.raises(ValueError, match="must be a Keras layer"):
@@ -474,7 +489,7 @@ def test_budgets_that_are_none_are_refused():
     ):
         with pytest.raises(TypeError, match="number of bytes.*'20MB'"):
             call("20MB")
-        for budget in (0, -5):
+        for budget in (0, -5, math.inf):
             with pytest.raises(ValueError, match="positive"):
                 call(budget)
     with pytest.raises(ValueError, match="one sample"):
