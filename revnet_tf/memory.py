@@ -443,6 +443,12 @@ class _Step:
                 f"Expected a functional or sequential model; {model.name} has no "
                 "`inputs`. Wrap it in one, such as `keras.Model(x, layer(x))`."
             )
+        whole = isinstance(batch_size, numbers.Integral) and batch_size is not True
+        if not (whole and batch_size > 0):
+            raise ValueError(
+                f"batch_size must be a positive integer; got {batch_size!r}. Give the "
+                "number of samples of a step, on one device."
+            )
         self.model = model
         self.specs = [
             tf.TensorSpec((batch_size, *x.shape[1:]), x.dtype) for x in model.inputs
